@@ -1,0 +1,129 @@
+"""The two supervised programs: next-token training of the policy, Bradley-Terry training of the reward model."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from pgrpo_jax import algo, config, masked, optimizer, sharding
+from pgrpo_jax.models import decoder, logprobs, reward
+
+Metrics = dict[str, jax.Array]
+
+
+class SFTBatch(struct.PyTreeNode):
+    """Rows of tokens. `loss_BT` (bool) keeps the tokens that are learnt, none of them a segment's first."""
+
+    ids_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    loss_BT: jax.Array
+
+
+class PairBatch(struct.PyTreeNode):
+    """Preference pairs: token rows of both sides, the margin wanted (0: none), and which pairs are real (bool)."""
+
+    chosen_ids_CT: jax.Array
+    chosen_positions_CT: jax.Array
+    chosen_segments_CT: jax.Array
+    rejected_ids_CT: jax.Array
+    rejected_positions_CT: jax.Array
+    rejected_segments_CT: jax.Array
+    margin_C: jax.Array
+    valid_C: jax.Array
+
+
+def compile_sft(
+    cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
+) -> Callable[[optimizer.TrainState, SFTBatch], tuple[optimizer.TrainState, Metrics]]:
+    """The jitted step of the warm-up; its state is donated. Metrics: loss (mean over tokens), entropy,
+    tokens, grad_norm, learning_rate.
+    """
+    compute = cfg.policy.compute
+    tx = optimizer.build(cfg.sft.optimizer, cfg.sft.steps)
+    learning_rate = optimizer.schedule(cfg.sft.optimizer, cfg.sft.steps)
+
+    def loss(params, batch: SFTBatch):
+        x_BTD, _ = decoder.forward(
+            params, arch, compute, batch.ids_BT, batch.positions_BT, batch.segments_BT
+        )
+        logp_BT, entropy_BT = logprobs.token_logprobs(
+            x_BTD, decoder.unembedding(params, arch), batch.ids_BT, batch.loss_BT, 1.0, compute.logprob_chunk
+        )
+        return -masked.mean(logp_BT, batch.loss_BT), masked.mean(entropy_BT, batch.loss_BT)
+
+    def step(state: optimizer.TrainState, batch: SFTBatch):
+        (value, entropy), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
+        metrics = {
+            "loss": value,
+            "entropy": entropy,
+            "tokens": jnp.sum(batch.loss_BT),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": learning_rate(state.step),
+        }
+        return optimizer.apply(state, grads, tx), metrics
+
+    shapes = jax.eval_shape(
+        lambda key: optimizer.init_state(decoder.init(arch, compute, key), tx), jax.random.key(0)
+    )
+    state_sharding = sharding.shardings(shapes, mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state_sharding, sharding.batch(mesh)),
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+    )
+
+
+def compile_reward_update(
+    cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
+) -> Callable[[optimizer.TrainState, PairBatch], tuple[optimizer.TrainState, Metrics]]:
+    """The jitted Bradley-Terry step; its state is donated. Metrics: loss, accuracy (share of pairs with
+    s+ > s-), gap (mean s+ - s-), score (mean of both), grad_norm, learning_rate.
+    """
+    settings, compute = cfg.reward_training, cfg.reward_model.compute
+    tx = optimizer.build(settings.optimizer, settings.steps)
+    learning_rate = optimizer.schedule(settings.optimizer, settings.steps)
+
+    def loss(params, batch: PairBatch):
+        both = [  # one forward over [2C, T]
+            (batch.chosen_ids_CT, batch.rejected_ids_CT),
+            (batch.chosen_positions_CT, batch.rejected_positions_CT),
+            (batch.chosen_segments_CT, batch.rejected_segments_CT),
+        ]
+        scores_B = reward.score(params, arch, compute, *(jnp.concatenate(sides) for sides in both))
+        chosen_C, rejected_C = jnp.split(scores_B, 2)
+        value = algo.bradley_terry_loss(
+            chosen_C,
+            rejected_C,
+            batch.margin_C,
+            batch.valid_C,
+            center_coefficient=settings.center_coefficient,
+        )
+        return value, (chosen_C, rejected_C)
+
+    def step(state: optimizer.TrainState, batch: PairBatch):
+        (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
+        chosen_C, rejected_C = scores
+        metrics = {
+            "loss": value,
+            "accuracy": masked.mean(chosen_C > rejected_C, batch.valid_C),
+            "gap": masked.mean(chosen_C - rejected_C, batch.valid_C),
+            "score": masked.mean((chosen_C + rejected_C) / 2, batch.valid_C),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": learning_rate(state.step),
+        }
+        return optimizer.apply(state, grads, tx), metrics
+
+    shapes = jax.eval_shape(
+        lambda key: optimizer.init_state(reward.init(arch, compute, key), tx), jax.random.key(0)
+    )
+    state_sharding = sharding.shardings(shapes, mesh)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state_sharding, sharding.batch(mesh)),
+        out_shardings=(state_sharding, sharding.replicated(mesh)),
+    )
