@@ -1,7 +1,7 @@
 """Eight CPU devices, quick compilation and no silent broadcasting, for every test.
 
-The flags must be set before anything imports jax. Optimised machine code is worth less here than the
-time to make it: the two compiler flags halve the suite's time and change no result.
+The flags must be set before anything imports jax. Optimised machine code is worth less here than
+the time to make it: the two compiler flags halve the suite's time and change no result.
 """
 
 import os
