@@ -1,0 +1,62 @@
+"""Attention with grouped queries over segments: the plain-jnp reference.
+
+A query attends a key iff both lie in the same segment (a nonzero one) and the key's position is not
+after the query's. Left padding, right padding, packed rows and a cache that is partly empty are
+then one thing: segment 0 is padding. A query without any key gives zeros, and zero gradients.
+
+Layouts: q_BTNH, k_BSKH, v_BSKH, positions and segments int32. N is a multiple of K; query head
+n reads key head n // (N / K). Scores and softmax are float32, the output has q's dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def mask(
+    positions_BT: jax.Array, segments_BT: jax.Array, positions_BS: jax.Array, segments_BS: jax.Array
+) -> jax.Array:
+    """mask_BTS: True where the query at t attends the key at s."""
+    same_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+    past_BTS = positions_BS[:, None, :] <= positions_BT[:, :, None]
+    return same_BTS & past_BTS & (segments_BT != 0)[:, :, None]
+
+
+def reference(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BS: jax.Array,
+    segments_BS: jax.Array,
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v -> out_BTNH."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    if N % K or k_BSKH.shape != v_BSKH.shape or k_BSKH.shape[3] != H:
+        raise ValueError(
+            f"attention wants k and v of one shape [B, S, K, {H}] with K dividing the {N} query "
+            f"heads, got k {k_BSKH.shape} and v {v_BSKH.shape}"
+        )
+    # Query heads of one key head stand together (G), so that keys and values are never repeated.
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    mask_BTS = mask(positions_BT, segments_BT, positions_BS, segments_BS)
+    weights_BKGTS = _softmax(scores_BKGTS, mask_BTS[:, None, None]).astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis where `mask`; zeros elsewhere, also where nothing is left.
+
+    A finite floor stands for the masked: with -inf a fully masked row would have NaN gradients.
+    """
+    floor = jnp.finfo(scores.dtype).min
+    scores = jnp.where(mask, scores, floor)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(scores - top), 0)
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total == 0, 1, total)

@@ -1,0 +1,151 @@
+"""The decoder of Qwen2, Qwen2.5, Qwen3 and Llama 3, driven by `config.Architecture`.
+
+Parameters are a plain dict; those of the layers are stacked, L first. Segments say what belongs
+together (0 is padding), positions are rotary: left padding, right padding and packed rows are one
+thing.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pgrpo_jax.config import Architecture, Compute
+from pgrpo_jax.models import attention, layers
+from pgrpo_jax.models import cache as caches
+from pgrpo_jax.models.cache import Cache
+
+Params = dict[str, Any]
+
+
+def init(arch: Architecture, compute: Compute, key: jax.Array) -> Params:
+    """Random parameters of `compute.param_dtype`: variance 1 / fan-in, embeddings 1 / D."""
+    token_11 = jnp.zeros((1, 1), jnp.int32)
+    return _Decoder(arch, compute).init(key, token_11, token_11, token_11, None)["params"]
+
+
+def forward(
+    params: Params,
+    arch: Architecture,
+    compute: Compute,
+    ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """x_BTD after the final norm, in `compute.dtype`, and the cache with T more columns.
+
+    With a cache, queries attend to what it holds and to the new tokens; without, to the new tokens.
+    Rows of padding are finite but mean nothing.
+    """
+    variables = {"params": params}
+    return _Decoder(arch, compute).apply(variables, ids_BT, positions_BT, segments_BT, cache)
+
+
+def unembedding(params: Params, arch: Architecture) -> jax.Array:
+    """w_DV: x_BTD @ w_DV are the logits."""
+    return params["embedding"].T if arch.tied_embeddings else params["unembedding"]
+
+
+class _Attention(nn.Module):
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BTD, layer, cache, rows, angles):
+        arch = self.arch
+        q_BTNH = self._heads("query", arch.heads, x_BTD, angles)
+        k_BTKH = self._heads("key", arch.kv_heads, x_BTD, angles)
+        v_BTKH = self._project("value", arch.kv_heads)(x_BTD)
+        if cache is None:
+            out_BTNH = attention.attend(self.compute, q_BTNH, k_BTKH, v_BTKH, *rows, *rows)
+        else:
+            cache = caches.write_layer(cache, layer, k_BTKH, v_BTKH)
+            kv = caches.read_layer(cache, layer)
+            columns = (cache.positions_BS, cache.segments_BS)
+            out_BTNH = attention.attend(self.compute, q_BTNH, *kv, *rows, *columns)
+        shape = (arch.heads, arch.head_dim, arch.width)
+        gain = layers.residual_gain(arch)
+        out = layers.Projection("BTNH,NHD->BTD", shape, self.compute, gain=gain, name="out")
+        return out(out_BTNH), cache
+
+    def _project(self, name, heads):
+        shape = (self.arch.width, heads, self.arch.head_dim)
+        bias = self.arch.qkv_bias
+        return layers.Projection("BTD,DNH->BTNH", shape, self.compute, bias=bias, name=name)
+
+    def _heads(self, name, heads, x_BTD, angles):
+        y_BTNH = self._project(name, heads)(x_BTD)
+        if self.arch.qk_norm:
+            norm = layers.RMSNorm(self.arch.norm_eps, self.compute.param_dtype, name=f"{name}_norm")
+            y_BTNH = norm(y_BTNH)
+        return layers.rotate(y_BTNH, *angles)
+
+
+class _Layer(nn.Module):
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, carry, layer, rows, angles):
+        x_BTD, cache = carry
+        eps, dtype = self.arch.norm_eps, self.compute.param_dtype
+        attend = _Attention(self.arch, self.compute, name="attention")
+        y_BTD = layers.RMSNorm(eps, dtype, name="attention_norm")(x_BTD)
+        y_BTD, cache = attend(y_BTD, layer, cache, rows, angles)
+        x_BTD = x_BTD + y_BTD
+        y_BTD = layers.RMSNorm(eps, dtype, name="mlp_norm")(x_BTD)
+        x_BTD = x_BTD + layers.MLP(self.arch, self.compute, name="mlp")(y_BTD)
+        return (x_BTD, cache), None
+
+
+class _Decoder(nn.Module):
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, ids_BT, positions_BT, segments_BT, cache):
+        arch, compute = self.arch, self.compute
+        init = nn.initializers.normal(arch.width**-0.5)
+        shape_VD = (arch.vocab_size, arch.width)
+        embedding_VD = self.param("embedding", init, shape_VD, compute.param_dtype)
+        if self.is_initializing() and not arch.tied_embeddings:  # a reward trunk goes without
+            self.param("unembedding", init, shape_VD[::-1], compute.param_dtype)
+        x_BTD = embedding_VD[ids_BT].astype(compute.dtype)
+        if cache is not None:
+            cache = caches.write_rows(cache, positions_BT, segments_BT)
+        # The cache is carried, not scanned over: scanning would copy it for every token.
+        scanned = nn.scan(
+            _remat(compute),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=arch.layers,
+            unroll=compute.scan_unroll,
+        )
+        (x_BTD, cache), _ = scanned(arch, compute, name="layers")(
+            (x_BTD, cache),
+            jnp.arange(arch.layers),
+            (positions_BT, segments_BT),
+            layers.rope(arch, positions_BT),
+        )
+        if cache is not None:
+            cache = cache.replace(index=cache.index + ids_BT.shape[1])
+        norm = layers.RMSNorm(arch.norm_eps, compute.param_dtype, name="final_norm")
+        return norm(x_BTD), cache
+
+
+def _remat(compute: Compute):
+    """The layer under the rematerialisation policy `compute.remat`."""
+    policies = {
+        "none": jax.checkpoint_policies.everything_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    if compute.remat not in policies:
+        raise ValueError(f"unknown remat {compute.remat!r}; known: {sorted(policies)}")
+    if compute.remat == "none":
+        return _Layer
+    # Inside a scan nothing can be merged across the barrier that `prevent_cse` would put up.
+    return nn.remat(_Layer, policy=policies[compute.remat], prevent_cse=False)

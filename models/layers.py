@@ -1,0 +1,105 @@
+"""The parts of a decoder layer: norm, rotary angles, projections, gated mlp."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pgrpo_jax.config import Architecture, Compute
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis; float32, because a sum of bfloat16 squares loses."""
+
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x_f32 = x.astype(jnp.float32)
+        mean = jnp.mean(jnp.square(x_f32), -1, keepdims=True)
+        scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+        return (x_f32 * jax.lax.rsqrt(mean + self.eps) * scale).astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """einsum(x, kernel), with a bias over the output axes when `bias`.
+
+    `equation` is such as "BTD,DNH->BTNH"; `shape` is the kernel's. Kernels begin with a variance of
+    `gain` / (product of the contracted axes).
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    compute: Compute
+    bias: bool = False
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs, outputs = self.equation.split("->")
+        axes = inputs.split(",")[1]
+        fan_in = math.prod(n for n, a in zip(self.shape, axes, strict=True) if a not in outputs)
+        init = nn.initializers.normal((self.gain / fan_in) ** 0.5)
+        kernel = self.param("kernel", init, self.shape, self.compute.param_dtype)
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if not self.bias:
+            return y
+        shape = tuple(n for n, a in zip(self.shape, axes, strict=True) if a in outputs)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.compute.param_dtype)
+        return y + jnp.expand_dims(bias.astype(x.dtype), range(y.ndim - bias.ndim))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F = self.arch.width, self.arch.mlp
+        gate_BTF = Projection("BTD,DF->BTF", (D, F), self.compute, name="gate")(x_BTD)
+        up_BTF = Projection("BTD,DF->BTF", (D, F), self.compute, name="up")(x_BTD)
+        down = Projection(
+            "BTF,FD->BTD", (F, D), self.compute, gain=residual_gain(self.arch), name="down"
+        )
+        return down(nn.silu(gate_BTF) * up_BTF)
+
+
+def residual_gain(arch: Architecture) -> float:
+    """Variance each of the 2L residual branches begins with (GPT-2, section 2.3)."""
+    return 1 / (2 * arch.layers)
+
+
+def rope_frequencies(arch: Architecture) -> jax.Array:
+    """Radians a position for each pair of head dimensions, float32 [H / 2].
+
+    With `rope_scaling` the long wavelengths are stretched as in Llama 3.1: by `factor` beyond
+    original / low_freq_factor, not at all below original / high_freq_factor, blended between.
+    """
+    exponents = jnp.arange(0, arch.head_dim, 2, dtype=jnp.float32) / arch.head_dim
+    frequencies = arch.rope_theta**-exponents
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = jnp.clip(kept, 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rope(arch: Architecture, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B, T, 1, H / 2]. float32 because bfloat16 rounds 257 to 256."""
+    frequencies = rope_frequencies(arch)[None, None, None, :]
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (h, h + H / 2) of each head by their angles (as Hugging Face)."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
