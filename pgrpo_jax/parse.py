@@ -46,7 +46,8 @@ def parse(text: str, prefill: str = "") -> Parsed:
         reasoning = inside if opened else start
     program = "" if "<think>" in visible else _program(visible)
     kept = all(whole.count(tag) == 1 for tag in TAGS) and _FORMAT.fullmatch(whole)
-    return Parsed(reasoning.strip(), program, bool(kept and reasoning.strip() and program))
+    reasoning = reasoning.strip("\n")  # blanks stay: in the built-in world they are part of tokens
+    return Parsed(reasoning, program, bool(kept and reasoning.strip() and program))
 
 
 def _program(visible: str) -> str:

@@ -1,7 +1,7 @@
 """Completion text to reasoning, program and format."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgrpo_jax import parse
@@ -28,7 +28,7 @@ TEXTS = st.lists(SNIPPETS | st.text(max_size=4), max_size=24).map("".join)
     "text",
     [
         "<think>add</think><answer>print(1)</answer>",
-        "\n<think> add </think>\n\n<answer>\nprint(1)\n</answer>\n",
+        "\n<think>\nadd\n</think>\n\n<answer>\nprint(1)\n</answer>\n",
         "<think>add</think><answer>\n```python\nprint(1)\n```\n</answer>",
         "<think>add</think><answer>\n```\nprint(1)\n```</answer>",
         "<think>add</think><answer>    print(1)  </answer>",
@@ -110,10 +110,15 @@ def test_an_open_reasoning_is_kept_as_reasoning():
     assert parse.parse("<think>cut o").reasoning == "cut o"
 
 
+def test_the_reasoning_loses_line_ends_around_it_and_nothing_else():
+    assert parse.parse("<think>\n\n  a \n b \n</think>").reasoning == "  a \n b "
+
+
 def test_many_open_fences_take_linear_time():
     parse.parse("</think>" + "```a\n" * 200_000)  # quadratic: an hour
 
 
+@settings(deadline=None)
 @given(TEXTS, st.sampled_from(["", "<think>", "<think>\n"]))
 def test_parsing_never_raises_and_well_formed_means_both_parts(text, prefill):
     parsed = parse.parse(text, prefill)
@@ -122,6 +127,7 @@ def test_parsing_never_raises_and_well_formed_means_both_parts(text, prefill):
         assert all((prefill + text).count(tag) == 1 for tag in parse.TAGS)
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS, TEXTS)
 def test_text_inside_the_reasoning_never_reaches_the_program(before, inside, after):
     after = after.replace("SECRET", "")
@@ -130,6 +136,7 @@ def test_text_inside_the_reasoning_never_reaches_the_program(before, inside, aft
     assert "SECRET" not in parse.parse(f"{before}<think>{inside}SECRET").program.replace(before, "")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="abc =()\n1", min_size=1).filter(lambda code: code.strip()))
 def test_a_clean_program_comes_back_unchanged_however_it_is_wrapped(code):
     code = code.strip()
