@@ -44,3 +44,8 @@ def std(x: jax.Array, mask: jax.Array, axis: Axis = None, keepdims: bool = False
     squares = jnp.sum(centred(x, mask, axis) ** 2, axis=axis, keepdims=keepdims)
     freedom = jnp.sum(mask, axis=axis, keepdims=keepdims, dtype=jnp.float32) - 1
     return jnp.sqrt(squares / jnp.maximum(freedom, 1))
+
+
+def quantile(x: jax.Array, mask: jax.Array, q: float) -> jax.Array:
+    """The q-quantile of the kept entries, linear between neighbours."""
+    return jnp.where(jnp.any(mask), jnp.nanquantile(jnp.where(mask, x, jnp.nan), q), 0)
