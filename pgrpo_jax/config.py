@@ -215,7 +215,7 @@ class RolloutConfig(Settings):
     prompts_per_step: Positive = 128
     num_generations: Positive = 8
     max_completion_length: Positive = 4096  # tokens
-    temperature: PositiveFloat = 1.0
+    temperature: NotNegative = 1.0  # 0: greedy
     top_k: Count = 0  # 0: off
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     prompt_buckets: tuple[Positive, ...] = (256, 512, 1024)  # tokens; prompts are padded to these
@@ -272,7 +272,7 @@ class EvaluationConfig(Settings):
     """pass@1 on held-out problems: `samples` a problem at `temperature`, and greedy."""
 
     samples: Positive = 1
-    temperature: PositiveFloat = 1.0
+    temperature: NotNegative = 1.0  # 0: greedy
     every_steps: Count = 0  # during training; 0: only before and after
 
 
@@ -342,7 +342,18 @@ class Config(Settings):
             f"the longest of rollout.prompt_buckets={self.rollout.prompt_buckets}; add a bucket or "
             "lower the limit",
         )
+        if self.update.steps > 0:
+            self._check_that_training_can_learn()
+
+    def _check_that_training_can_learn(self) -> None:
+        rollout = self.rollout
         require(
-            self.update.steps == 0 or self.rollout.num_generations > 1,
+            rollout.num_generations > 1,
             "rollout.num_generations must be at least 2 to train: a group of one has no advantage",
+        )
+        require(
+            rollout.temperature > 0 and rollout.top_k == 0 and rollout.top_p == 1,
+            "training samples from the whole distribution, whose log-probabilities it uses: set "
+            "rollout.temperature > 0, rollout.top_k = 0 and rollout.top_p = 1, got "
+            f"{rollout.temperature}, {rollout.top_k} and {rollout.top_p}",
         )
