@@ -13,8 +13,8 @@ FLOORS = {
     5: "rollout models.reward",
     4: "models.decoder models.load data",
     3: "models.attention models.cache problems sandbox",
-    2: "models.layers models.logprobs kernels.attention tokenizer configs",
-    1: "sharding algo optimizer world cli",
+    2: "models.layers models.logprobs optimizer kernels.attention tokenizer configs",
+    1: "sharding algo world cli",
     0: "types config rng masked metrics parse interrupt progress",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
@@ -25,7 +25,7 @@ ARRAYS_ONLY = ("algo", "kernels.attention")
 
 
 def module_name(path: pathlib.Path) -> str:
-    """`models.layers` for models/layers.py, `rng` for pgrpo_jax/rng.py, `configs` for all of these."""
+    """`models.layers` for models/layers.py, `rng` for pgrpo_jax/rng.py; all of configs/ is one."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return "configs" if parts[0] == "configs" else ".".join(parts).removeprefix("pgrpo_jax.")
 
