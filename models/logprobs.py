@@ -1,4 +1,7 @@
-"""Log-probabilities of given tokens without the [B, T, V] logits: in chunks, recomputed in the backward pass."""
+"""Log-probabilities of given tokens without the [B, T, V] logits.
+
+Logits are made in chunks, and made again in the backward pass.
+"""
 
 import math
 
@@ -10,10 +13,10 @@ from jax import lax
 def logprobs(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(x w / temperature) at the targets, and the entropy of that softmax, both float32 [B, T].
+    """log softmax(x w / temperature) at the targets, and that softmax's entropy, float32 [B, T].
 
-    Logits are float32 and exist for about `chunk` tokens (over all devices) at one time, at least one
-    column of the batch. No gradient passes through the entropy.
+    Logits are float32 and exist for about `chunk` tokens (over all devices) at one time, at least
+    one column of the batch. No gradient passes through the entropy.
     """
     B, T, D = x_BTD.shape
     # Chunks are cut along T: B is split over devices, and a scan over a split axis would gather it.
@@ -46,7 +49,9 @@ def of_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, 
     """log softmax at the targets, and the entropy (without gradient), both [B, T]."""
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # A comparison, not a gather: its gradient is no scatter, and V may be split over devices.
-    chosen_BTV = lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2) == targets_BT[..., None]
+    chosen_BTV = (
+        lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2) == targets_BT[..., None]
+    )
     logp_BT = jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1) - lse_BT
     fixed_BTV, lse_BT = lax.stop_gradient((logits_BTV, lse_BT))
     entropy_BT = lse_BT - jnp.sum(jnp.exp(fixed_BTV - lse_BT[..., None]) * fixed_BTV, axis=-1)
@@ -61,10 +66,10 @@ def token_logprobs(
     temperature: float,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every token given those before it, and the entropy it was drawn with, at its own position.
+    """(logp_BT, entropy_BT): of each token given those before it, at the token's own position.
 
-    `mask_BT` keeps the tokens that are wanted, none of them the first of its segment; elsewhere both are 0,
-    and no activation, however large, reaches a gradient.
+    `mask_BT` keeps the tokens that are wanted, none of them the first of its segment; elsewhere
+    both are 0, and no activation, however large, reaches a gradient.
     """
     # Position t is predicted from x at t - 1.
     predicts_BT = jnp.roll(mask_BT, -1, axis=1).at[:, -1].set(False)

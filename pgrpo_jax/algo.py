@@ -1,7 +1,7 @@
 """The mathematics of P-GRPO as functions of arrays: no model, config or token is known here.
 
-Rewards and advantages are [P, G]; `valid_PG` (bool) keeps the completions that count, and what the others
-hold (NaN included) reaches nothing. Standard deviations are those of the sample (ddof = 1), as in TRL.
+Rewards and advantages are [P, G]; `valid_PG` (bool) keeps the completions that count, and what the
+others hold (NaN included) reaches nothing. A std is the sample's (ddof = 1), as in TRL.
 """
 
 import jax
@@ -12,8 +12,10 @@ from pgrpo_jax import masked
 # Gates: how the three terms (arXiv 2508.05170, eq. 1), none with a coefficient, become one reward.
 
 
-def posterior_gate(format_PG: jax.Array, outcome_PG: jax.Array, thinking_PG: jax.Array) -> jax.Array:
-    """R_f + R_o + 1[R_o = 1] R_t, arXiv 2508.05170. R_t of failing completions is not read: it may be NaN."""
+def posterior_gate(
+    format_PG: jax.Array, outcome_PG: jax.Array, thinking_PG: jax.Array
+) -> jax.Array:
+    """R_f + R_o + 1[R_o = 1] R_t, arXiv 2508.05170. R_t of a failing completion may be NaN."""
     return format_PG + outcome_PG + jnp.where(outcome_PG == 1, thinking_PG, 0)
 
 
@@ -28,7 +30,7 @@ def outcome_gate(format_PG: jax.Array, outcome_PG: jax.Array) -> jax.Array:
 
 
 def process_gate(format_PG: jax.Array, thinking_PG: jax.Array) -> jax.Array:
-    """R_f + R_t: what the program does is not rewarded. R_f stays, for without reasoning there is no R_t."""
+    """R_f + R_t: what the program does is not rewarded. R_f stays: reasoning is found by format."""
     return format_PG + thinking_PG
 
 
@@ -38,8 +40,8 @@ def process_gate(format_PG: jax.Array, thinking_PG: jax.Array) -> jax.Array:
 def group_advantage(rewards_PG: jax.Array, valid_PG: jax.Array, *, std_floor: float) -> jax.Array:
     """(r - mean of its group) / max(std of its group, std_floor).
 
-    GRPO, arXiv 2402.03300, with a floor where others add 1e-4: in a group that passes whole, rewards
-    differ by the noise of the reward model, and dividing by its std would make unit advantages of it.
+    GRPO, arXiv 2402.03300, with a floor where others add 1e-4: in a group that passes whole,
+    rewards differ by the reward model's noise, and dividing by its std makes unit advantages of it.
     """
     std_P1 = masked.std(rewards_PG, valid_PG, axis=1, keepdims=True)
     return _divide(masked.centred(rewards_PG, valid_PG, axis=1), jnp.maximum(std_P1, std_floor))
@@ -50,7 +52,9 @@ def group_no_std_advantage(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Ar
     return masked.centred(rewards_PG, valid_PG, axis=1)
 
 
-def batch_std_advantage(rewards_PG: jax.Array, valid_PG: jax.Array, *, std_floor: float) -> jax.Array:
+def batch_std_advantage(
+    rewards_PG: jax.Array, valid_PG: jax.Array, *, std_floor: float
+) -> jax.Array:
     """(r - mean of its group) / max(std of the batch, std_floor), arXiv 2508.08221."""
     std = masked.std(rewards_PG, valid_PG)
     return _divide(masked.centred(rewards_PG, valid_PG, axis=1), jnp.maximum(std, std_floor))
@@ -109,23 +113,23 @@ def clipped(
     epsilon: float,
     epsilon_high: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Where `clipped_loss` has no gradient: at the lower bound (A < 0), and at the upper (A > 0)."""
+    """Where `clipped_loss` is flat: below the lower bound (A < 0), above the upper one (A > 0)."""
     ratio_BT = jnp.exp(logp_BT - old_logp_BT)
     low_BT = (ratio_BT < 1 - epsilon) & (advantage_BT < 0)
     return low_BT, (ratio_BT > 1 + epsilon_high) & (advantage_BT > 0)
 
 
 def k3(logp_BT: jax.Array, other_logp_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """r - 1 - log r with r = other / policy: the k3 estimate of KL(policy || other) at tokens of the policy.
+    """r - 1 - log r, r = other / policy; its mean over the policy's tokens is KL(policy || other).
 
-    J. Schulman, "Approximating KL Divergence", 2020; 0 outside the mask.
+    J. Schulman, "Approximating KL Divergence", 2020, estimator k3; 0 outside the mask.
     """
     log_ratio_BT = jnp.where(mask_BT, other_logp_BT - logp_BT, 0)
     return jnp.expm1(log_ratio_BT) - log_ratio_BT
 
 
-# Aggregations: the weight of every token, so that  loss = sum(loss_BT * weights_BT). They are formed once
-# for the whole batch; its micro-batches then add up to the same gradient, however it is split.
+# Aggregations: the weight of every token, so that  loss = sum(loss_BT * weights_BT). Formed once,
+# for the whole batch, they make its micro-batches add up to the same gradient however it is split.
 
 
 def token_weights(mask_BT: jax.Array) -> jax.Array:
@@ -153,7 +157,7 @@ def bradley_terry_loss(
 ) -> jax.Array:
     """mean over valid pairs of  -log sigmoid(s+ - s- - margin) + center_coefficient (s+ + s-)^2.
 
-    arXiv 2508.05170, section 3.1; the margin is Llama 2's (2307.09288), the centring term 2312.09244's.
+    arXiv 2508.05170, section 3.1; margin: Llama 2, 2307.09288; centring: 2312.09244.
     """
     gap_C = jnp.where(valid_C, chosen_C - rejected_C - margin_C, 0)
     sum_C = jnp.where(valid_C, chosen_C + rejected_C, 0)

@@ -1,4 +1,4 @@
-"""Statistics over the entries a mask keeps. What it drops, infinities included, reaches neither values nor gradients.
+"""Statistics over the entries a mask keeps: what it drops, NaN included, reaches nothing.
 
 Masks are boolean and of the same shape as the values. The statistic of no entry at all is 0.
 """
@@ -33,7 +33,7 @@ def peak(x: jax.Array, mask: jax.Array, axis: Axis = None, keepdims: bool = Fals
 def centred(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
     """Kept entries less their mean, 0 where the mask drops.
 
-    The peak is taken off first, so that equal entries give exact zeros and large ones keep their digits.
+    The peak is taken off first: equal entries then give exact zeros, and large ones keep digits.
     """
     shifted = jnp.where(mask, x, 0) - peak(x, mask, axis, keepdims=True)
     return jnp.where(mask, shifted - mean(shifted, mask, axis, keepdims=True), 0)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from pgrpo_jax import config
+from pgrpo_jax import config, sharding
 
 UNDECAYED = ("bias", "scale")  # last names of parameters without weight decay
 
 
 class TrainState(struct.PyTreeNode):
-    """What a step reads and replaces: parameters, the optimizer's state, optimizer steps taken (int32)."""
+    """What a step replaces: parameters, optimizer state, and optimizer steps taken (int32)."""
 
     params: Any
     opt_state: Any
@@ -21,7 +21,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def schedule(settings: config.Optimizer, steps: int) -> optax.Schedule:
-    """The learning rate at a step: rises over `warmup_steps`, then stays or falls to 0 at `steps`."""
+    """The learning rate: it rises over `warmup_steps`, then stays, or falls to 0 at `steps`."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
     after = {
         "constant": lambda: optax.constant_schedule(peak),
@@ -33,7 +33,7 @@ def schedule(settings: config.Optimizer, steps: int) -> optax.Schedule:
 
 
 def build(settings: config.Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; `steps` is the length of the schedule in optimizer steps."""
+    """Clipping by global norm, then AdamW; the schedule is `steps` optimizer steps long."""
     return optax.chain(
         optax.clip_by_global_norm(settings.max_grad_norm),
         optax.adamw(
@@ -54,19 +54,36 @@ def decayed(params: Any) -> Any:
     )
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. ValueError unless parameters are float32.
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state before the first step, on `mesh`.
 
-    A step of a learning rate of 1e-6 is lost in the rounding of bfloat16 parameters.
+    It takes `params` over: the first step donates them, so a copy must be made of what is kept.
+    All of it is placed here: for a state that lies elsewhere a step would compile once more.
+    Raises ValueError unless the parameters are float32.
     """
+    places = state_shardings(params, optimizer, mesh)
+    params = jax.device_put(params, places.params)
+    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
+    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+
+
+def state_shardings(
+    params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Where the state of (abstract) parameters lives: moments lie as their parameters do."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if leaf.dtype != jnp.float32:
+        if leaf.dtype != jnp.float32:  # a step of 1e-6 is lost in the rounding of bfloat16
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"parameter {name} is {leaf.dtype}; training needs float32: set compute.param_dtype to "
-                "'float32' (compute.dtype may be 'bfloat16')"
+                f"parameter {name!r} is {leaf.dtype}, training needs float32: set "
+                "compute.param_dtype='float32' (compute.dtype may be 'bfloat16')"
             )
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    places = sharding.shardings(params, mesh)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    moments = sharding.state_shardings(optimizer, opt_state, places, mesh)
+    return TrainState(places, moments, sharding.replicated(mesh))
 
 
 def apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -1,4 +1,4 @@
-"""The two supervised programs: next-token training of the policy, Bradley-Terry training of the reward model."""
+"""The supervised programs: the policy learns tokens, the reward model learns preferences."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ Metrics = dict[str, jax.Array]
 
 
 class SFTBatch(struct.PyTreeNode):
-    """Rows of tokens. `loss_BT` (bool) keeps the tokens that are learnt, none of them a segment's first."""
+    """Token rows; `loss_BT` (bool) keeps what is learnt, no token that is its segment's first."""
 
     ids_BT: jax.Array
     positions_BT: jax.Array
@@ -23,7 +23,7 @@ class SFTBatch(struct.PyTreeNode):
 
 
 class PairBatch(struct.PyTreeNode):
-    """Preference pairs: token rows of both sides, the margin wanted (0: none), and which pairs are real (bool)."""
+    """Preference pairs: tokens of both sides, margin wanted (0: none), which pairs count (bool)."""
 
     chosen_ids_CT: jax.Array
     chosen_positions_CT: jax.Array
@@ -38,8 +38,9 @@ class PairBatch(struct.PyTreeNode):
 def compile_sft(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
 ) -> Callable[[optimizer.TrainState, SFTBatch], tuple[optimizer.TrainState, Metrics]]:
-    """The jitted step of the warm-up; its state is donated. Metrics: loss (mean over tokens), entropy,
-    tokens, grad_norm, learning_rate.
+    """The jitted step of next-token training; its state is donated.
+
+    Metrics: loss (mean over tokens), entropy, tokens, grad_norm, learning_rate.
     """
     compute = cfg.policy.compute
     tx = optimizer.build(cfg.sft.optimizer, cfg.sft.steps)
@@ -50,7 +51,12 @@ def compile_sft(
             params, arch, compute, batch.ids_BT, batch.positions_BT, batch.segments_BT
         )
         logp_BT, entropy_BT = logprobs.token_logprobs(
-            x_BTD, decoder.unembedding(params, arch), batch.ids_BT, batch.loss_BT, 1.0, compute.logprob_chunk
+            x_BTD,
+            decoder.unembedding(params, arch),
+            batch.ids_BT,
+            batch.loss_BT,
+            1.0,
+            compute.logprob_chunk,
         )
         return -masked.mean(logp_BT, batch.loss_BT), masked.mean(entropy_BT, batch.loss_BT)
 
@@ -65,23 +71,23 @@ def compile_sft(
         }
         return optimizer.apply(state, grads, tx), metrics
 
-    shapes = jax.eval_shape(
-        lambda key: optimizer.init_state(decoder.init(arch, compute, key), tx), jax.random.key(0)
-    )
-    state_sharding = sharding.shardings(shapes, mesh)
+    params = jax.eval_shape(lambda key: decoder.init(arch, compute, key), jax.random.key(0))
+    places = optimizer.state_shardings(params, tx, mesh)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(state_sharding, sharding.batch(mesh)),
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
+        in_shardings=(places, sharding.batch(mesh)),
+        out_shardings=(places, sharding.replicated(mesh)),
     )
 
 
 def compile_reward_update(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
 ) -> Callable[[optimizer.TrainState, PairBatch], tuple[optimizer.TrainState, Metrics]]:
-    """The jitted Bradley-Terry step; its state is donated. Metrics: loss, accuracy (share of pairs with
-    s+ > s-), gap (mean s+ - s-), score (mean of both), grad_norm, learning_rate.
+    """The jitted Bradley-Terry step; its state is donated.
+
+    Metrics: loss, accuracy (share of pairs with s+ > s-), gap (mean s+ - s-), score (mean of both),
+    grad_norm, learning_rate.
     """
     settings, compute = cfg.reward_training, cfg.reward_model.compute
     tx = optimizer.build(settings.optimizer, settings.steps)
@@ -117,13 +123,11 @@ def compile_reward_update(
         }
         return optimizer.apply(state, grads, tx), metrics
 
-    shapes = jax.eval_shape(
-        lambda key: optimizer.init_state(reward.init(arch, compute, key), tx), jax.random.key(0)
-    )
-    state_sharding = sharding.shardings(shapes, mesh)
+    params = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
+    places = optimizer.state_shardings(params, tx, mesh)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(state_sharding, sharding.batch(mesh)),
-        out_shardings=(state_sharding, sharding.replicated(mesh)),
+        in_shardings=(places, sharding.batch(mesh)),
+        out_shardings=(places, sharding.replicated(mesh)),
     )

@@ -18,7 +18,7 @@ Metrics = dict[str, jax.Array]
 class UpdateBatch(struct.PyTreeNode):
     """P x G completions, the G of a prompt in consecutive rows, one completion a row.
 
-    ids_BT, positions_BT, segments_BT (int32) are the decoder's: prompt and completion, segment 0 is padding.
+    ids_BT, positions_BT, segments_BT (int32) are the decoder's: prompt and completion.
     completion_BT (bool) keeps the completion's tokens, the stop token among them.
     old_logp_BT (float32) is what the sampler saw, at each completion token's own position.
     r_format_B, r_outcome_B (0 or 1) and r_thinking_B (0 to 1) are the three terms; R_t of a failing
@@ -56,13 +56,11 @@ class Groups(struct.PyTreeNode):
 
 def compile_update(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
-) -> Callable[
-    [optimizer.TrainState, UpdateBatch], tuple[optimizer.TrainState, Metrics, jax.Array]
-]:
+) -> Callable[[optimizer.TrainState, UpdateBatch], tuple[optimizer.TrainState, Metrics, jax.Array]]:
     """The jitted step (state, batch) -> (state, metrics, advantage_B); the state is donated.
 
-    Call it `num_iterations` times with the same batch. mismatch_* compare sampler and trainer, which is
-    true of the first of these calls only.
+    Call it `num_iterations` times with the same batch. Only in the first of these calls does
+    mismatch_* compare the sampler with the trainer at equal parameters.
     """
     tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
     learning_rate = optimizer.schedule(
@@ -92,23 +90,23 @@ def compile_update(
         }
         return optimizer.apply(state, grads, tx), metrics, advantage_B
 
-    shapes = jax.eval_shape(
-        lambda key: optimizer.init_state(decoder.init(arch, cfg.policy.compute, key), tx),
-        jax.random.key(0),
+    params = jax.eval_shape(
+        lambda key: decoder.init(arch, cfg.policy.compute, key), jax.random.key(0)
     )
-    state_sharding, everywhere = sharding.shardings(shapes, mesh), sharding.replicated(mesh)
+    places = optimizer.state_shardings(params, tx, mesh)
+    everywhere = sharding.replicated(mesh)
     return jax.jit(
         update,
         donate_argnums=0,
-        in_shardings=(state_sharding, sharding.batch(mesh)),
-        out_shardings=(state_sharding, everywhere, everywhere),
+        in_shardings=(places, sharding.batch(mesh)),
+        out_shardings=(places, everywhere, everywhere),
     )
 
 
 def compile_reference(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
 ) -> Callable[[Any, UpdateBatch], jax.Array]:
-    """The jitted (params, batch) -> ref_logp_BT: what a frozen policy gives the batch's completion tokens."""
+    """The jitted (params, batch) -> ref_logp_BT, a frozen policy's word on the completions."""
     shapes = jax.eval_shape(
         lambda key: decoder.init(arch, cfg.policy.compute, key), jax.random.key(0)
     )
@@ -157,7 +155,7 @@ def advantages(settings: config.UpdateConfig, groups: Groups) -> jax.Array:
 
 
 def loss_mask(settings: config.UpdateConfig, batch: UpdateBatch) -> jax.Array:
-    """mask_BT: the tokens in the loss. Truncated completions that are masked stay in the group statistics."""
+    """mask_BT: the tokens in the loss. Truncated rows stay in the group statistics, as in TRL."""
     kept_B = batch.valid_B
     if settings.mask_truncated_completions:
         kept_B = kept_B & ~batch.truncated_B
@@ -165,7 +163,7 @@ def loss_mask(settings: config.UpdateConfig, batch: UpdateBatch) -> jax.Array:
 
 
 def token_weights(cfg: config.Config, mask_BT: jax.Array, valid_B: jax.Array) -> jax.Array:
-    """weights_BT of the loss. As in TRL a valid row counts as one, also when its tokens are masked."""
+    """weights_BT of the loss. As in TRL a valid row counts, also when its tokens are masked."""
     rows, length = masked.count(valid_B), cfg.rollout.max_completion_length
     return {
         "token": lambda: algo.token_weights(mask_BT),
@@ -181,7 +179,7 @@ def completion_logprobs(
     batch: UpdateBatch,
     mask_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(logp_BT, entropy_BT) of the masked tokens at the sampling temperature, at their own positions."""
+    """(logp_BT, entropy_BT) of the tokens in the mask, at the sampling temperature."""
     compute = cfg.policy.compute
     x_BTD, _ = decoder.forward(
         params, arch, compute, batch.ids_BT, batch.positions_BT, batch.segments_BT
@@ -205,7 +203,7 @@ def policy_loss(
     mask_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The weighted sum of the clipped loss and, by configuration, of beta KL; and (logp_BT, entropy_BT)."""
+    """The weighted sum of clipped loss and, if configured, beta KL; and (logp_BT, entropy_BT)."""
     settings = cfg.update
     logp_BT, entropy_BT = completion_logprobs(cfg, arch, params, batch, mask_BT)
     advantage_BT = jnp.broadcast_to(advantage_B[:, None], mask_BT.shape)
@@ -229,8 +227,8 @@ def accumulate(
 ) -> tuple[jax.Array, Any, Any]:
     """(value, aux, gradient) of `loss(params, rows) -> (value, aux)`, summed over micro-batches.
 
-    `loss` must be a sum over rows, and `rows` and `aux` hold arrays with rows in front. A micro-batch size of
-    0 takes all rows at once. Gradients are summed in the parameters' dtype.
+    `loss` must be a sum over rows, and `rows` and `aux` hold arrays with rows in front. A
+    micro-batch size of 0 takes all rows at once.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     B = jax.tree.leaves(rows)[0].shape[0]
@@ -244,7 +242,7 @@ def accumulate(
         (value, aux), grads = gradient(params, rows)
         return value, aux, grads
 
-    # A micro-batch takes rows at a stride of B / size: it is then split over devices as the batch is.
+    # A micro-batch takes rows at a stride of B / size: so it is split over devices as the batch is.
     def split(x):
         return x.reshape(size, B // size, *x.shape[1:]).swapaxes(0, 1)
 
@@ -261,10 +259,10 @@ def accumulate(
 
 
 def group_metrics(groups: Groups, advantage_PG: jax.Array) -> Metrics:
-    """What the rewards were. Everything under groups/ but the stds is a share of groups or of |advantage|.
+    """What the rewards were; groups/ are shares of the groups, but for two.
 
-    rescued: no variance without R_t, some with it. phantom_advantage: share of |advantage| in groups where
-    everything fails. all_pass_std: mean std of the total in groups where everything passes.
+    rescued: no variance without R_t, some with it. phantom_advantage: share of |advantage| in
+    groups where all fail. all_pass_std: mean std of the total in groups where all pass.
     """
     valid_PG, passed_PG = groups.valid_PG, groups.outcome_PG == 1
     std_P = masked.std(groups.total_PG, valid_PG, axis=1)
@@ -296,7 +294,7 @@ def token_metrics(
     advantage_B: jax.Array,
     mask_BT: jax.Array,
 ) -> Metrics:
-    """Clip fractions and, over the tokens in the loss, how far policy, sampler and reference are apart.
+    """Over the tokens in the loss: clip fractions, distances to the sampler and to the reference.
 
     mismatch_kl estimates KL(sampler || policy) by k3, mismatch_p99 and _max are of |log ratio|.
     """
@@ -323,6 +321,6 @@ def token_metrics(
 def _reference(batch: UpdateBatch) -> jax.Array:
     if batch.ref_logp_BT is None:
         raise ValueError(
-            "update.kl='k3' needs UpdateBatch.ref_logp_BT, got None; make it with `compile_reference`"
+            "update.kl='k3' needs UpdateBatch.ref_logp_BT, got None; `compile_reference` makes it"
         )
     return batch.ref_logp_BT
