@@ -5,39 +5,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
-from pgrpo_jax import algo, config, masked, optimizer, sharding
+from pgrpo_jax import algo, config, data, masked, optimizer, sharding
 from pgrpo_jax.models import decoder, logprobs, reward
 
 Metrics = dict[str, jax.Array]
 
 
-class SFTBatch(struct.PyTreeNode):
-    """Token rows; `loss_BT` (bool) keeps what is learnt, no token that is its segment's first."""
-
-    ids_BT: jax.Array
-    positions_BT: jax.Array
-    segments_BT: jax.Array
-    loss_BT: jax.Array
-
-
-class PairBatch(struct.PyTreeNode):
-    """Preference pairs: tokens of both sides, margin wanted (0: none), which pairs count (bool)."""
-
-    chosen_ids_CT: jax.Array
-    chosen_positions_CT: jax.Array
-    chosen_segments_CT: jax.Array
-    rejected_ids_CT: jax.Array
-    rejected_positions_CT: jax.Array
-    rejected_segments_CT: jax.Array
-    margin_C: jax.Array
-    valid_C: jax.Array
-
-
 def compile_sft(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
-) -> Callable[[optimizer.TrainState, SFTBatch], tuple[optimizer.TrainState, Metrics]]:
+) -> Callable[[optimizer.TrainState, data.SFTBatch], tuple[optimizer.TrainState, Metrics]]:
     """The jitted step of next-token training; its state is donated.
 
     Metrics: loss (mean over tokens), entropy, tokens, grad_norm, learning_rate.
@@ -46,7 +23,7 @@ def compile_sft(
     tx = optimizer.build(cfg.sft.optimizer, cfg.sft.steps)
     learning_rate = optimizer.schedule(cfg.sft.optimizer, cfg.sft.steps)
 
-    def loss(params, batch: SFTBatch):
+    def loss(params, batch: data.SFTBatch):
         x_BTD, _ = decoder.forward(
             params, arch, compute, batch.ids_BT, batch.positions_BT, batch.segments_BT
         )
@@ -60,7 +37,7 @@ def compile_sft(
         )
         return -masked.mean(logp_BT, batch.loss_BT), masked.mean(entropy_BT, batch.loss_BT)
 
-    def step(state: optimizer.TrainState, batch: SFTBatch):
+    def step(state: optimizer.TrainState, batch: data.SFTBatch):
         (value, entropy), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
         metrics = {
             "loss": value,
@@ -83,7 +60,7 @@ def compile_sft(
 
 def compile_reward_update(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
-) -> Callable[[optimizer.TrainState, PairBatch], tuple[optimizer.TrainState, Metrics]]:
+) -> Callable[[optimizer.TrainState, data.PairBatch], tuple[optimizer.TrainState, Metrics]]:
     """The jitted Bradley-Terry step; its state is donated.
 
     Metrics: loss, accuracy (share of pairs with s+ > s-), gap (mean s+ - s-), score (mean of both),
@@ -93,7 +70,7 @@ def compile_reward_update(
     tx = optimizer.build(settings.optimizer, settings.steps)
     learning_rate = optimizer.schedule(settings.optimizer, settings.steps)
 
-    def loss(params, batch: PairBatch):
+    def loss(params, batch: data.PairBatch):
         both = [  # one forward over [2C, T]
             (batch.chosen_ids_CT, batch.rejected_ids_CT),
             (batch.chosen_positions_CT, batch.rejected_positions_CT),
@@ -110,7 +87,7 @@ def compile_reward_update(
         )
         return value, (chosen_C, rejected_C)
 
-    def step(state: optimizer.TrainState, batch: PairBatch):
+    def step(state: optimizer.TrainState, batch: data.PairBatch):
         (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
         chosen_C, rejected_C = scores
         metrics = {
