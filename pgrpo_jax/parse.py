@@ -66,7 +66,8 @@ def _last_fenced(text: str) -> str | None:
 
     A scan by lines and not one regular expression, which takes quadratic time on many open fences.
     """
-    last, fence, lines = None, "", []
+    last: str | None = None
+    fence, lines = "", list[str]()
     for line in text.split("\n"):
         mark = _FENCE.fullmatch(line)
         if fence and mark and len(mark[1]) >= len(fence) and not mark[2].strip():

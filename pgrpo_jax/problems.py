@@ -30,11 +30,10 @@ from typing import Any
 
 from pgrpo_jax import types
 
-# What a row is shown by, best first. The first four are shown as they are, to the rest is added
-# what the program has to look like.
-STATEMENT_COLUMNS = ("statement", "prompt", "instruct_prompt", "content", "question_content")
-STATEMENT_COLUMNS += ("question", "problem", "description", "text")
-COMPLETE_COLUMNS = STATEMENT_COLUMNS[:4]
+# What the policy is shown of a row, best first. To the raw ones is added what a program has to be.
+COMPLETE_COLUMNS = ("statement", "prompt", "instruct_prompt", "content")
+RAW_COLUMNS = ("question_content", "question", "problem", "description", "text")
+STATEMENT_COLUMNS = COMPLETE_COLUMNS + RAW_COLUMNS
 TEST_COLUMNS = (
     ("tests",),
     ("input_output",),
@@ -195,8 +194,8 @@ def _from_cases(cases: list[_Case]) -> types.Tests:
     if len(functions) > 1:
         raise ValueError(f"all tests of a problem must call one function, got {functions}")
     if not functions or not functions[0]:
-        inputs = tuple(_stream(case.input, "stdin") for case in cases)
-        return types.Tests("stdin", inputs, tuple(_stream(case.output, "stdout") for case in cases))
+        given = tuple(_stream(case.input, "stdin") for case in cases)
+        return types.Tests("stdin", given, tuple(_stream(case.output, "stdout") for case in cases))
     inputs = tuple(_arguments(case.input) for case in cases)
     text = [isinstance(case.input, str) and isinstance(case.output, str) for case in cases]
     outputs = [_value(c.output) if t else c.output for c, t in zip(cases, text, strict=True)]

@@ -157,7 +157,7 @@ class WorldTokenizer:
         if len(set(pieces)) != len(pieces) or "" in pieces:
             raise ValueError("the pieces of a world's tokenizer must be distinct and not empty")
         self.pad_id = 0
-        self.stop_ids = (1,)
+        self.stop_ids: tuple[int, ...] = (1,)
         self.vocab_size = 2 + len(pieces)
         self._pieces = tuple(pieces)
         self._ids = {piece: i for i, piece in enumerate(pieces, start=2)}
