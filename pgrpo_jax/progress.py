@@ -24,15 +24,17 @@ def bar(
     *,
     unit: str = "step",
     every_s: float = 30.0,
+    primary: bool = True,
     console: rich.console.Console | None = None,
 ) -> Iterator[Advance]:
     """Shows how far `name` is: done of total, rate, remaining time, figures.
 
     `done` are those of an earlier, interrupted run; they do not count into the rate. On a console
-    that is no terminal one line is printed every `every_s` seconds and one at the end. Use it in
-    the primary process only: `with progress.bar("sft", 600) as advance: ... advance(loss=0.7)`.
+    that is no terminal one line is printed every `every_s` seconds and one at the end. A process
+    that is not primary shows nothing.
     """
     console = console or rich.console.Console(stderr=True)
+    console.quiet = not primary
     shown = _terminal if console.is_terminal else _lines
     with shown(console, name, total, done, unit, every_s) as advance:
         yield advance

@@ -47,6 +47,14 @@ def test_a_terminal_shows_a_bar_with_its_figures():
     assert "grpo" in shown and "4/4" in shown and "reward 1.25" in shown
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_process_that_is_not_primary_shows_nothing(terminal):
+    console = rich.console.Console(file=io.StringIO(), force_terminal=terminal)
+    with progress.bar("grpo", 2, every_s=0.0, primary=False, console=console) as advance:
+        advance(2)
+    assert console.file.getvalue() == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_a_flag_and_the_second_raises(number, capfd):
     before = signal.getsignal(number)
