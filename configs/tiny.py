@@ -21,6 +21,7 @@ from pgrpo_jax.config import (
     RolloutConfig,
     SFTConfig,
     UpdateConfig,
+    WorldConfig,
 )
 
 
@@ -28,19 +29,34 @@ def config() -> Config:
     """Everything from seed 0; no download, no file."""
     model = ModelConfig(
         architecture=Architecture(
-            vocab_size=128, width=96, layers=3, heads=4, kv_heads=2, head_dim=24, mlp=256
+            vocab_size=76, width=64, layers=4, heads=4, kv_heads=4, head_dim=16, mlp=192
         )
     )
     return Config(
         policy=model,
         reward_model=model,
         workdir="runs/tiny",
-        data=DataConfig(max_prompt_length=64),
-        sft=SFTConfig(steps=600),
-        pairs=PairsConfig(problems=2000),
-        reward_training=RewardTrainingConfig(steps=300, max_length=192),
-        rollout=RolloutConfig(prompts_per_step=16, max_completion_length=128, prompt_buckets=(64,)),
-        rewards=RewardsConfig(thinking_max_length=192, shadow_fraction=0.25),
+        data=DataConfig(max_prompt_length=32),
+        world=WorldConfig(train_problems=12000, heldout_problems=384),
+        sft=SFTConfig(
+            steps=800,
+            batch_size=32,
+            optimizer=Optimizer(
+                learning_rate=4e-3, warmup_steps=50, schedule="cosine", b2=0.98, weight_decay=0.01
+            ),
+        ),
+        pairs=PairsConfig(problems=6000),
+        reward_training=RewardTrainingConfig(
+            steps=500,
+            batch_size=32,
+            max_length=64,
+            trunk="policy",
+            optimizer=Optimizer(
+                learning_rate=1e-3, warmup_steps=30, schedule="cosine", b2=0.98, weight_decay=0.01
+            ),
+        ),
+        rollout=RolloutConfig(prompts_per_step=16, max_completion_length=56, prompt_buckets=(32,)),
+        rewards=RewardsConfig(thinking_max_length=64, shadow_fraction=0.25),
         update=UpdateConfig(steps=80, optimizer=Optimizer(learning_rate=2e-4)),
         evaluation=EvaluationConfig(every_steps=20),
         judge=JudgeConfig(timeout_s=2.0, memory_mb=256),

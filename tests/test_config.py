@@ -130,6 +130,8 @@ OTHER = {
     "group": "decoupled",
     "token": "sequence",
     "accuracy": "rigor",
+    "own": "policy",
+    "policy": "own",
 }
 
 

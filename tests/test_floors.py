@@ -6,21 +6,21 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    9: "benchmarks.gates",
-    8: "train",  # the whole run: it calls the other stages
-    7: "sft make_pairs train_reward evaluate",
-    6: "rewards checkpoint update supervised report",
-    5: "rollout models.reward",
-    4: "models.decoder models.load data",
-    3: "models.attention models.cache problems sandbox",
-    2: "models.layers models.logprobs optimizer kernels.attention tokenizer configs",
-    1: "sharding algo world cli",
-    0: "types config rng masked metrics parse interrupt progress",
+    10: "benchmarks.gates",
+    9: "train",  # the whole run: it calls the stages
+    8: "grpo",
+    7: "sft make_pairs train_reward evaluate rewards",
+    6: "start fit update supervised report sandbox",
+    5: "rollout models.reward checkpoint sandbox_server",
+    4: "models.decoder models.load data sandbox_work",
+    3: "models.attention models.cache problems sampling sandbox_slot",
+    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_zygote",
+    1: "sharding algo world cli figures sandbox_run",
+    0: "types config rng masked metrics parse compare charts interrupt progress sandbox_wire "
+    "sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-WORKERS: tuple[
-    str, ...
-] = ()  # what runs in a sandbox is started often and killed hard: stdlib only
+WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
 ARRAYS_ONLY = ("algo", "kernels.attention")
 
 
@@ -87,6 +87,7 @@ def test_the_outer_folders_are_never_imported_by_their_bare_names():
     assert not {(p, n) for p, n in bare if n.split(".")[0] in ("models", "kernels", "configs")}
 
 
-def test_sandbox_workers_import_the_standard_library_only():
+def test_sandbox_workers_import_the_standard_library_and_each_other_only():
     packages = {n.split(".")[0] for p, m in MODULES.items() if m in WORKERS for n in imported(p)}
-    assert packages <= sys.stdlib_module_names
+    assert packages - {"pgrpo_jax"} <= sys.stdlib_module_names
+    assert {lower for upper, lower in OWN if upper in WORKERS} <= WORKERS

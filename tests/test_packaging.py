@@ -137,7 +137,12 @@ def test_a_wheel_finds_every_module_from_anywhere(checkout, wheel, python, tmp_p
 
 def test_the_wheel_holds_the_code_and_the_licence_and_nothing_else(checkout, wheel):
     held = set(wheel.namelist())
-    names = modules(checkout).keys() - {"pgrpo_jax"}
-    code = {name.replace(".", "/") + ".py" for name in names} | {"pgrpo_jax/__init__.py"}
+    folders = {"pgrpo_jax": "pgrpo_jax"} | {name: f"pgrpo_jax/{name}" for name in OUTER}
+    code = {
+        f"{packaged}/{p.relative_to(checkout / folder).as_posix()}"
+        for folder, packaged in folders.items()
+        for p in (checkout / folder).rglob("*")
+        if p.is_file()
+    }
     assert {n for n in held if ".dist-info/" not in n} == code
     assert any(n.endswith("/LICENSE") for n in held)
