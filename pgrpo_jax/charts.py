@@ -4,7 +4,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import matplotlib
 import matplotlib.axes
@@ -16,10 +16,7 @@ Color = Literal["ink", "muted", "rule", "blue", "green", "red", "amber", "violet
 
 # matplotlib wants fixed colours: each name is drawn as one nobody uses and becomes a CSS variable.
 _PLACEHOLDERS: Mapping[Color, str] = {
-    name: f"#0000{number:02x}"
-    for number, name in enumerate(
-        ("ink", "muted", "rule", "blue", "green", "red", "amber", "violet", "teal"), start=1
-    )
+    name: f"#0000{number:02x}" for number, name in enumerate(get_args(Color), start=1)
 }
 _SIZE = 6.0, 2.9  # inches of 72 points; the page scales it
 _SMOOTHED_FROM = 30  # points
@@ -123,6 +120,8 @@ def _canvas(
     axes.margins(x=0.01, y=0.12)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    else:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 6), useOffset=False)
     return figure, axes
 
 

@@ -143,7 +143,7 @@ WARM_UP = Plot("Loss", (("loss", "nats a token", "blue"),))
 SPEED = Plot("Tokens a second", (("tokens_per_s", "training", "blue"),))
 
 
-def read_stages(rows: Iterable[dict[str, Any]]) -> dict[str, Series]:
+def read_stages(rows: Iterable[dict[str, Any]]) -> Mapping[str, Series]:
     """The series of each stage from the rows of metrics.jsonl; null becomes NaN."""
     stages: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for row in rows:
