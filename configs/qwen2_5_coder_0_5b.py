@@ -2,11 +2,12 @@
 
     python -m pgrpo_jax.train --config qwen2_5_coder_0_5b --reward-training.data pairs.jsonl
 
-Trains on MBPP's train split and evaluates on its test split. `pairs.jsonl` holds preference pairs of
-reasonings (`prompt`, `chosen`, `rejected`), which you bring; the reward model is trained on them first.
+Trains on MBPP's train split and evaluates on its test split. `pairs.jsonl` holds preference pairs
+of reasonings (`prompt`, `chosen`, `rejected`), which you bring; the reward model, which begins as a
+copy of the policy with a new head, is trained on them first.
 
 Hardware: 16 GB of device memory are meant to suffice: parameters, gradient and AdamW's moments are
-8 GB in float32, the reward model 2 GB, and the key/value cache of 64 completions 1.6 GB in bfloat16.
+8 GB in float32, the reward model 2 GB, the key/value cache of 64 completions 1.2 GB in bfloat16.
 This configuration has not been run on hardware: neither its time nor its result is known.
 """
 
@@ -43,6 +44,7 @@ def config() -> Config:
         reward_training=RewardTrainingConfig(
             steps=500,
             batch_size=8,
+            trunk="policy",
             data="pairs.jsonl",
             optimizer=Optimizer(learning_rate=1e-5, warmup_steps=20, schedule="cosine"),
         ),

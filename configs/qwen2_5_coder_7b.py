@@ -3,10 +3,11 @@
     python -m pgrpo_jax.train --config qwen2_5_coder_7b \
         --data.train train.jsonl --data.evaluation test.jsonl --reward-training.data pairs.jsonl
 
-128 prompts x 8 completions a step, 4,096 tokens at most, AdamW at 1e-6, no KL term, clip 0.2 / 0.28.
+128 prompts x 8 completions a step, 4,096 tokens at most, AdamW at 1e-6, clip 0.2 / 0.28, no KL.
 `train.jsonl` and `test.jsonl` hold problems with tests in one of the dialects that the README lists
 (the paper trains on DeepCoder-Preview's family, about 24 thousand problems, so 190 steps are one
-epoch); `pairs.jsonl` holds preference pairs of reasonings (`prompt`, `chosen`, `rejected`).
+epoch); `pairs.jsonl` holds preference pairs of reasonings (`prompt`, `chosen`, `rejected`), and the
+reward model begins as a copy of the policy with a new head.
 
 Hardware: a TPU v5p slice of 16 chips (v5p-32). Over all chips, parameters, gradient and AdamW's
 moments take 122 GB in float32, the reward model 30 GB, and the key/value cache of 256 completions
@@ -49,6 +50,7 @@ def config() -> Config:
         reward_training=RewardTrainingConfig(
             steps=1000,
             batch_size=32,
+            trunk="policy",
             max_length=6144,
             data="pairs.jsonl",
             optimizer=Optimizer(learning_rate=2e-6, warmup_steps=50, schedule="cosine"),

@@ -60,10 +60,10 @@ def parse(argv: Sequence[str], doc: str, program: str) -> CommandLine:
     chooser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     chooser.add_argument("--config", default=DEFAULT)
     name = chooser.parse_known_args(argv)[0].config
-    options = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
-    default = _prefer_checkpoints(load(name), options)
-    known = ["--config", "--dry-run", "--help", *_options(default)]
-    for option in options:
+    given = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
+    default = _prefer_checkpoints(load(name), given)
+    known = ["--config", "--dry-run", "--help", *options(default)]
+    for option in given:
         require(
             option in known,
             f"unknown option {option}; the nearest is {nearest(option, known)} (--help lists all)",
@@ -78,22 +78,23 @@ def parse(argv: Sequence[str], doc: str, program: str) -> CommandLine:
     )
 
 
-def _prefer_checkpoints(settings: Config, options: Iterable[str]) -> Config:
+def _prefer_checkpoints(settings: Config, given: Iterable[str]) -> Config:
     """A checkpoint named on the command line takes the place of the file's architecture."""
     models = {}
     for name in ("policy", "reward_model"):
         option = f"--{name.replace('_', '-')}.checkpoint"
-        if option in options:
+        if option in given:
             model = getattr(settings, name)
             models[name] = dataclasses.replace(model, checkpoint=option, architecture=None)
     return dataclasses.replace(settings, **models)
 
 
-def _options(settings: Any, prefix: str = "") -> Iterator[str]:
+def options(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The options that set the fields of a tree."""
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
-            yield from _options(value, f"{prefix}{name}.")
+            yield from options(value, f"{prefix}{name}.")
         elif value is not None:
             yield f"--{prefix}{name}"
         if isinstance(value, bool):

@@ -156,6 +156,7 @@ def test_each_leaf_of_the_tree_is_an_option_with_its_type():
         for path, value in leaves(tiny)
         if not path.endswith(".checkpoint") and path.split(".")[0] != "mesh"
     } | {
+        "judge.tier": "landlock",
         "mesh.data": 2,
         "mesh.fsdp": 4,
         "mesh.tensor": -1,

@@ -10,7 +10,7 @@ FLOORS = {
     9: "train",  # the whole run: it calls the stages
     8: "grpo",
     7: "sft make_pairs train_reward evaluate rewards",
-    6: "start fit update supervised report sandbox",
+    6: "start fit update supervised report summary sandbox",
     5: "rollout models.reward checkpoint sandbox_server",
     4: "models.decoder models.load data sandbox_work",
     3: "models.attention models.cache problems sampling sandbox_slot",
