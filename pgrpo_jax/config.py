@@ -203,6 +203,7 @@ class RewardTrainingConfig(Settings):
     batch_size: Positive = 64  # pairs
     max_length: Positive = 1024  # tokens a side; longer rows are dropped and counted
     data: str = ""  # "" reads the pairs of this run; else a file of prompt, chosen, rejected
+    trunk: Literal["own", "policy"] = "own"  # "policy": begin with the policy after its warm-up
     center_coefficient: NotNegative = 0.01
     evaluation_fraction: Fraction = 0.05
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, schedule="cosine")
@@ -284,6 +285,7 @@ class JudgeConfig(Settings):
     timeout_s: PositiveFloat = 4.0  # CPU seconds a test
     memory_mb: Positive = 1024
     output_kb: Positive = 1024
+    tier: Literal["auto", "namespaces", "landlock"] = "auto"  # auto: the stronger here
 
 
 @dataclasses.dataclass(frozen=True)
