@@ -26,6 +26,7 @@ class Tests:
     code: tuple[str, ...] = ()
     function: str = ""
     setup: str = ""
+    compare: Literal["lines", "tokens", "unordered_lines", "exact"] = "lines"  # of stdin tests
 
     def __post_init__(self):
         if self.kind in ("stdin", "call") and len(self.inputs) != len(self.outputs):

@@ -1,0 +1,234 @@
+"""The code around a judged program inside its process: run it as a script, or serve calls to it.
+
+Everything here shares the interpreter with the program and can be changed by it. That is no matter:
+nothing here knows what is wanted, and what it says is taken for values, never for verdicts.
+
+Part of the sandbox: standard library only.
+"""
+
+import _sitebuiltins
+import atexit
+import builtins
+import io
+import os
+import sys
+import threading
+import types
+from typing import Any
+
+from pgrpo_jax import sandbox_wire
+
+JOB, CHANNEL, VERDICTS = 3, 4, 5  # descriptors, if the role has them
+FILE = "program.py"
+
+# What LeetCode, and LiveCodeBench's runner after it, give a `class Solution`.
+PRELUDE = """
+import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator, random, re
+import statistics, string, sys, time, typing
+from string import *
+from re import *
+from datetime import *
+from collections import *
+from heapq import *
+from bisect import *
+from copy import *
+from math import *
+from random import *
+from statistics import *
+from itertools import *
+from functools import *
+from operator import *
+from io import *
+from json import *
+from builtins import *
+from typing import *
+import random, copy, datetime, bisect, re
+"""
+
+
+def install_builtins() -> None:
+    """`exit`, `quit` and the like, which the site module would have put there."""
+    end = "Ctrl-D (i.e. EOF)"
+    builtins.exit = _sitebuiltins.Quitter("exit", end)  # type: ignore[assignment]
+    builtins.quit = _sitebuiltins.Quitter("quit", end)  # type: ignore[assignment]
+    builtins.help = _sitebuiltins._Helper()  # type: ignore[assignment]
+
+
+def run(role: int) -> None:
+    """Plays a role with the descriptors that lie at their places. Never returns."""
+    job = sandbox_wire.loads(_read(JOB))
+    os.close(JOB)
+    _open_streams()
+    {sandbox_wire.SCRIPT: _script, sandbox_wire.CALLS: _calls}[role](job)
+
+
+def _read(descriptor: int) -> bytes:
+    size = os.fstat(descriptor).st_size
+    data = bytearray()
+    while len(data) < size:  # by position: runs share the description
+        data += os.pread(descriptor, size - len(data), len(data))
+    return bytes(data)
+
+
+def _open_streams() -> None:
+    """sys.stdin, stdout and stderr as a new interpreter makes them."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        raw = io.FileIO(descriptor, mode, closefd=False)
+        raw.name = f"<{name}>"
+        buffer = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+        errors = "backslashreplace" if name == "stderr" else "surrogateescape"
+        stream = io.TextIOWrapper(buffer, "utf-8", errors, line_buffering=name == "stderr")
+        stream.mode = mode  # type: ignore[misc]
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def module(name: str) -> types.ModuleType:
+    """An empty module in `sys.modules`, and out of it what is the sandbox's own."""
+    for own in [key for key in sys.modules if key.split(".")[0] == "pgrpo_jax"]:
+        del sys.modules[own]
+    made = types.ModuleType(name)
+    made.__dict__.update(__builtins__=builtins, __file__=FILE, __annotations__={})
+    sys.modules[name] = made
+    sys.argv = [FILE]
+    sys.setrecursionlimit(1000 + _depth())
+    return made
+
+
+def _depth() -> int:
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+# --- a script
+
+
+def _script(job: dict[str, Any]) -> None:
+    main = module("__main__")
+    _leave(_execute(job["program"], main), main)
+
+
+def _execute(source: str, main: types.ModuleType) -> int:
+    """Runs a program as `python program.py` does, and returns its exit status."""
+    try:
+        exec(compile(source, FILE, "exec", dont_inherit=True), main.__dict__)
+    except SystemExit as exit_:
+        return _status(exit_.code)
+    except BaseException as error:
+        _show(error)
+        return 1
+    return 0
+
+
+def _status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return int(code) & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _show(error: BaseException) -> None:
+    """The traceback, without the frame that called the program."""
+    trace = error.__traceback__
+    sys.excepthook(type(error), error, trace and trace.tb_next)
+
+
+def _leave(status: int, main: types.ModuleType) -> None:
+    """What an interpreter does at its end: threads, atexit, `__del__`, buffers."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        _flush()
+        main.__dict__.clear()
+    except SystemExit:
+        pass
+    except BaseException as error:
+        _show(error)
+    os._exit(status if _flush() else status or 120)
+
+
+def _flush() -> bool:
+    whole = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BaseException:
+            whole = False
+    return whole
+
+
+# --- calls
+
+
+def _calls(job: dict[str, Any]) -> None:
+    """Loads the program, then answers the calls of a job in order, one message each, after one for the load."""
+    dumps, loads, say = sandbox_wire.dumps, sandbox_wire.loads, _speaker(CHANNEL)
+    program = module("solution")
+    try:
+        load(job["program"], program)
+    except BaseException as error:
+        say(dumps({"raised": describe(error)}))
+        os._exit(0)
+    say(dumps({"loaded": True}))
+    for call in job["calls"]:
+        say(_answer(program, loads(call), dumps))
+    os._exit(0)
+
+
+def load(source: str, program: types.ModuleType) -> None:
+    """Executes a program that is not the main script. A `class Solution` gets its usual prelude."""
+    if "class Solution" in source:
+        exec(PRELUDE, program.__dict__)
+        sys.setrecursionlimit(50_000)
+    exec(compile(source, FILE, "exec", dont_inherit=True), program.__dict__)
+
+
+def find(program: types.ModuleType, name: str) -> Any:
+    """A function of the module, or a method of its `class Solution`."""
+    if name in program.__dict__:
+        return program.__dict__[name]
+    if "Solution" in program.__dict__:
+        return getattr(program.__dict__["Solution"](), name)
+    raise NameError(f"name {name!r} is not defined")
+
+
+def _answer(program: types.ModuleType, call: tuple[Any, Any, Any], dumps: Any) -> bytes:
+    name, positional, keyword = call
+    try:
+        value = find(program, name)(*positional, **keyword)
+    except BaseException as error:
+        return dumps({"raised": describe(error)})
+    try:
+        said = dumps({"value": value})
+    except sandbox_wire.Unpackable as problem:
+        return dumps({"other": str(problem)})
+    except BaseException as error:
+        return dumps({"raised": describe(error)})
+    return (
+        said
+        if len(said) <= sandbox_wire.REPLY_LIMIT
+        else dumps({"other": "a value too large to read"})
+    )
+
+
+def describe(error: BaseException) -> list[str]:
+    """The kind of an exception and what it says."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = ""
+    return [str(type(error).__name__)[:100], text[:400]]
+
+
+def _speaker(descriptor: int) -> Any:
+    def say(body: bytes) -> None:
+        data = memoryview(sandbox_wire.frame(body))
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    return say

@@ -1,0 +1,270 @@
+"""How a program is judged: the runs that its tests need, and the verdict on what came back.
+
+Each function here is a generator that drives one slot: it yields while it waits and returns the
+result as a dict of `types.Result`'s fields. Wanted values live in these frames and nowhere else.
+Part of the sandbox: standard library only.
+"""
+
+import ast
+import builtins
+import functools
+import os
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from pgrpo_jax import compare, sandbox_slot, sandbox_wire
+
+Work = Generator[None, None, dict[str, Any]]
+SCRATCH_MB = 64
+LONGEST_FAILURE = 600  # characters
+
+
+class Tally:
+    """The verdicts of a program's tests as they come, and what it cost."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.verdicts: list[str] = []
+        self.failure = ""
+        self.cpu_s = self.peak_mb = 0.0
+        self.started = time.monotonic()
+
+    def add(self, verdict: str, why: str = "") -> bool:
+        """Notes the next test's verdict. False if the rest need not be tried: it would cost as much again."""
+        self.verdicts.append(verdict)
+        if verdict != "pass" and not self.failure:
+            self.failure = f"test {len(self.verdicts)}: {why}"[:LONGEST_FAILURE]
+        return verdict not in ("timeout", "memory")
+
+    def spent(self, run: sandbox_slot.Run) -> None:
+        self.cpu_s += run.cpu_s
+        self.peak_mb = max(self.peak_mb, run.peak_mb)
+
+    def result(self) -> dict[str, Any]:
+        """Passed only if every test ran and passed."""
+        passed = self.verdicts.count("pass")
+        whole = passed == self.total == len(self.verdicts) and passed > 0
+        verdict = "pass" if whole else next((v for v in self.verdicts if v != "pass"), "error")
+        return {
+            "verdict": verdict,
+            "passed": passed,
+            "total": self.total,
+            "verdicts": tuple(self.verdicts),
+            "failure": self.failure,
+            "cpu_s": self.cpu_s,
+            "wall_s": time.monotonic() - self.started,
+            "peak_mb": self.peak_mb,
+        }
+
+
+class InfraError(Exception):
+    """The judge failed, not the program."""
+
+
+def judge(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
+    """The work of one job: `program`, the fields of `types.Tests`, and `limits`."""
+    if not job["program"].strip():
+        tally = Tally(total(job))
+        tally.add("error", "the program is empty")
+        return tally.result()
+    return (yield from _KINDS[job["kind"]](slot, job))
+
+
+def total(job: dict[str, Any]) -> int:
+    """How many tests a job has."""
+    return len(job["inputs"]) or len(job["code"])
+
+
+def _limits(job: dict[str, Any], parts: int = 1) -> sandbox_slot.Limits:
+    timeout_s, memory_mb, output_kb = job["limits"]
+    return sandbox_slot.Limits(timeout_s, memory_mb, output_kb, SCRATCH_MB, parts)
+
+
+def _stopped(run: sandbox_slot.Run) -> tuple[str, str] | None:
+    """The verdict if the judge ended the run or it never began."""
+    limits = run.limits
+    if not run.pid:
+        raise InfraError("a process could not be started")
+    if run.stopped == "timeout":
+        return "timeout", f"stopped after {limits.cpu_s:g} s of CPU, or as long a sleep"
+    if run.stopped == "memory" or run.peak_mb > limits.memory_mb:
+        return "memory", f"used more than {limits.memory_mb} MB"
+    if run.stopped == "output":
+        return (
+            "fail",
+            f"wrote more than {limits.output // 1024} kB of output or {limits.scratch_mb} MB of files",
+        )
+    return None
+
+
+# --- scripts
+
+
+def _scripts(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
+    tally, limits = Tally(len(job["inputs"])), _limits(job)
+    equal = compare.TEXT[job["compare"]]
+    file = sandbox_slot.sealed_file(sandbox_wire.dumps({"program": job["program"]}))
+    try:
+        for text, want in zip(job["inputs"], job["outputs"], strict=True):
+            stdin = text.encode("utf-8", "surrogatepass")
+            run = slot.start(sandbox_wire.SCRIPT, file, limits, stdin)
+            while not run.over:
+                yield
+            tally.spent(run)
+            verdict, why = _script_verdict(run, want, equal)
+            if not tally.add(verdict, why) or _does_not_compile(run):
+                break
+    finally:
+        os.close(file)
+    return tally.result()
+
+
+def _script_verdict(
+    run: sandbox_slot.Run, want: str, equal: Callable[[str, bytes], str]
+) -> tuple[str, str]:
+    stopped = _stopped(run)
+    if stopped:
+        return stopped
+    if run.cpu_s > run.limits.cpu_s:
+        return "timeout", f"took {run.cpu_s:.2f} s of CPU, more than {run.limits.cpu_s:g} s"
+    if run.status != 0:
+        last = _last_line(run)
+        verdict = "memory" if last.startswith("MemoryError") else "error"
+        ending = f"signal {-run.status}" if run.status < 0 else f"exit status {run.status}"
+        return verdict, f"{ending} {last}"
+    difference = equal(want, bytes(run.output))
+    return ("fail", difference) if difference else ("pass", "")
+
+
+def _last_line(run: sandbox_slot.Run) -> str:
+    lines = bytes(run.errors[-2000:]).decode("utf-8", "replace").strip().split("\n")
+    return lines[-1][:300]
+
+
+def _does_not_compile(run: sandbox_slot.Run) -> bool:
+    """To be taken for such a program, others can only lose."""
+    return run.status == 1 and _last_line(run).startswith(
+        ("SyntaxError:", "IndentationError:", "TabError:")
+    )
+
+
+# --- calls
+
+
+def _calls(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
+    calls = [(job["function"], arguments, {}) for arguments in job["inputs"]]
+    return (yield from _call_all(slot, job, calls, job["outputs"], compare.values))
+
+
+def _call_all(
+    slot: sandbox_slot.Slot,
+    job: dict[str, Any],
+    calls: list[tuple[str, Any, Any]],
+    wanted: tuple[Any, ...],
+    equal: Callable[[Any, Any], str],
+) -> Work:
+    tally = Tally(len(calls))
+    texts = [sandbox_wire.dumps(call).decode() for call in calls]
+    body = sandbox_wire.dumps({"program": job["program"], "calls": texts})
+    channel = sandbox_slot.Channel(slot, sandbox_wire.REPLY_LIMIT)
+    file = sandbox_slot.sealed_file(body)
+    try:
+        run = slot.start(sandbox_wire.CALLS, file, _limits(job, len(calls)), more=(channel.given,))
+        for number, want in enumerate((None, *wanted)):  # the first message is of the load
+            while not channel.messages and not channel.ended:
+                yield
+            if not channel.messages:
+                break
+            verdict, why = _reply_verdict(channel.messages.pop(0), want, equal, number == 0)
+            if run.cpu_clock() - run.part_cpu_s > run.limits.cpu_s:
+                verdict, why = "timeout", f"took more than {run.limits.cpu_s:g} s of CPU"
+            run.begin_part()
+            if number == 0 and verdict == "pass":
+                continue
+            if not tally.add(verdict, why) or number == 0:
+                break
+        run.stop("over")
+        while not run.over:
+            yield
+    finally:
+        channel.close()
+        os.close(file)
+    tally.spent(run)
+    if len(tally.verdicts) < tally.total and not tally.failure:
+        tally.add(
+            *(_stopped(run) or ("error", "the program ended before it answered " + _last_line(run)))
+        )
+    return tally.result()
+
+
+def _reply_verdict(
+    message: bytes, want: Any, equal: Callable[[Any, Any], str], load: bool
+) -> tuple[str, str]:
+    try:
+        reply = sandbox_wire.loads(message)
+        ((kind, body),) = reply.items()
+    except (sandbox_wire.Malformed, AttributeError, ValueError):
+        return "error", "the program's process sent what no value is"
+    if kind == "raised":
+        text = ": ".join(str(part)[:400] for part in body) if isinstance(body, list) else ""
+        return ("memory" if text.startswith("MemoryError") else "error"), text
+    if load:
+        return ("pass", "") if kind == "loaded" else ("error", "the program did not load")
+    if kind == "value":
+        difference = equal(want, body)
+        return ("fail", difference) if difference else ("pass", "")
+    return "fail", f"wanted {compare.brief(want)}, got {str(body)[:200]}"
+
+
+# --- asserts
+
+
+def _asserts(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
+    plan = None if job["setup"].strip() else as_calls(tuple(job["code"]))
+    if plan is None:
+        raise InfraError("these asserts need a second interpreter")
+    calls, wanted = plan
+    return (yield from _call_all(slot, job, calls, wanted, compare.same_values))
+
+
+@functools.lru_cache(maxsize=4096)
+def as_calls(code: tuple[str, ...]) -> tuple[list[tuple[str, Any, Any]], tuple[Any, ...]] | None:
+    """`assert f(1, [2]) == 3` as calls with wanted values; None if one of them says anything else."""
+    calls, wanted = [], []
+    for text in code:
+        try:
+            call, want = _as_call(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return None
+        calls.append(call)
+        wanted.append(want)
+    return calls, tuple(wanted)
+
+
+def _as_call(text: str) -> tuple[tuple[str, Any, Any], Any]:
+    (statement,) = ast.parse(text).body
+    if not (isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Compare)):
+        raise ValueError("not an assert that compares")
+    test = statement.test
+    call, want = test.left, test.comparators[0]
+    if len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq):
+        raise ValueError("not one ==")
+    if not isinstance(call, ast.Call):
+        call, want = want, call
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or hasattr(
+        builtins, call.func.id
+    ):
+        raise ValueError("not a call of the program's function")
+    positional = tuple(ast.literal_eval(argument) for argument in call.args)
+    keyword = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    if len(keyword) != len(call.keywords):
+        raise ValueError("keywords out of a dict")
+    return (call.func.id, positional, keyword), ast.literal_eval(want)
+
+
+_KINDS: dict[str, Callable[[sandbox_slot.Slot, dict[str, Any]], Work]] = {
+    "stdin": _scripts,
+    "call": _calls,
+    "assert": _asserts,
+}

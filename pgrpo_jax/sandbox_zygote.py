@@ -1,0 +1,234 @@
+"""One slot: a jail made once, and in it a single-threaded process that forks a child for every run.
+
+The zygote handles numbers and descriptors only. Programs, inputs, tests and outputs pass it by as
+descriptors that it never reads, so that no run can find another run's data in its own copy of this
+memory. It runs no foreign code; its children do, after they have given up everything else.
+
+Packets on the control socket (descriptor 3, SOCK_SEQPACKET), to the zygote:
+
+    RUN  number role cpu_s memory_mb file_mb, with descriptors: stdin stdout stderr job [channel [verdicts]]
+    KILL number
+
+and from it: READY text or BROKEN text once; HELLO number, sent by the child itself, so that the
+kernel tells the server its process id; ENDED number status cpu_s peak_kb. The end of the stream ends the slot.
+
+Part of the sandbox: standard library only.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+
+from pgrpo_jax import sandbox_jail, sandbox_run, sandbox_wire
+
+LAST_WORD = (
+    6  # where a child keeps the control socket; 0 to 5: stdin stdout stderr job channel verdicts
+)
+THREAD_STACK_MB = 16
+
+# Loaded before the first fork: an import that a program does not have to do again.
+_MODULES = """
+abc argparse array ast atexit base64 bisect calendar cmath codecs collections collections.abc
+contextlib copy csv ctypes dataclasses datetime decimal difflib enum fractions functools gc
+hashlib heapq inspect io itertools json keyword linecache locale math numbers operator os os.path
+pathlib pickle platform pprint queue random re secrets shutil signal socket statistics string
+struct sys tempfile textwrap threading time timeit tokenize traceback types typing unicodedata
+unittest unittest.mock uuid warnings weakref zlib
+""".split()  # noqa: SIM905
+
+
+def main(arguments: list[str]) -> None:
+    """`arguments` is one JSON object: tier, scratch, scratch_mb, readable, packages, preload."""
+    settings = json.loads(arguments[0])
+    control = socket.socket(fileno=sandbox_wire.CONTROL)
+    try:
+        said = _prepare(settings)
+    except (OSError, ImportError) as error:
+        control.send(bytes([sandbox_wire.BROKEN]) + str(error).encode())
+        return
+    control.send(bytes([sandbox_wire.READY]) + said.encode())
+    _Slot(control, settings["scratch"], alone=settings["tier"] == "namespaces").serve()
+
+
+def _prepare(settings: dict) -> str:
+    """Enters the jail, loads what programs import, and says what holds."""
+    tier, scratch = settings["tier"], settings["scratch"]
+    user_namespace = sandbox_jail.enter() if tier == "namespaces" else True
+    if tier == "namespaces":
+        _stay_outside_while_it_lives()
+        sandbox_jail.build_root(settings["readable"], settings["scratch_mb"])
+        if not user_namespace:
+            sandbox_jail.become_nobody()
+    sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
+    _set_thread_stack()
+    sys.path[:] = [p for p in sys.path if p not in settings["hidden"]] + settings["packages"]
+    for name in _MODULES + settings["preload"]:
+        importlib.import_module(name)
+    sandbox_run.install_builtins()
+    os.chdir(scratch)
+    said = tier
+    if tier == "landlock":
+        said = f"landlock {sandbox_jail.landlock(settings['readable'], scratch)}"
+    sandbox_jail.prctl(sandbox_jail.PR_SET_NO_NEW_PRIVS, 1)
+    sandbox_jail.drop_capabilities()
+    sandbox_jail.prctl(sandbox_jail.PR_SET_DUMPABLE, 0)
+    gc.collect()
+    gc.freeze()
+    return said
+
+
+def _stay_outside_while_it_lives() -> None:
+    """Only a child is in the new process namespace: its process 1. The parent waits for its end."""
+    child = os.fork()
+    if child:
+        os.close(sandbox_wire.CONTROL)
+        os.waitpid(child, 0)
+        os._exit(0)
+
+
+def _set_thread_stack() -> None:
+    """The server gives slots a large stack for recursion; threads would each reserve as much."""
+    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    if hasattr(libc, "pthread_setattr_default_np"):
+        libc.pthread_attr_init(attributes)
+        libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(THREAD_STACK_MB << 20))
+        libc.pthread_setattr_default_np(attributes)
+
+
+class _Slot:
+    """`alone`: this is process 1 of a namespace, and may kill whatever is left in it."""
+
+    def __init__(self, control: socket.socket, scratch: str, alone: bool):
+        self._control = control
+        self._scratch = scratch
+        self._alone = alone
+        self._calls = sandbox_jail.SystemCalls()
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
+        self._runs: dict[
+            int, tuple[int, int]
+        ] = {}  # descriptor of a process: its id, number of the run
+
+    def serve(self) -> None:
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor != self._control.fileno():
+                    self._bury(descriptor)
+                elif not self._obey():
+                    return self._stop()
+
+    def _obey(self) -> bool:
+        packet, descriptors, _ = sandbox_wire.receive_descriptors(
+            self._control, sandbox_wire.ORDER.size, 6
+        )
+        if not packet:
+            return False
+        order, number, *rest = sandbox_wire.ORDER.unpack(packet)
+        if order == sandbox_wire.RUN:
+            self._start(number, rest, descriptors)
+        else:
+            for pid, running in self._runs.values():
+                if running == number:
+                    os.kill(pid, signal.SIGKILL)
+        return True
+
+    def _start(self, number: int, rest: list[int], descriptors: list[int]) -> None:
+        try:
+            pid = os.fork()
+        except OSError:
+            pid = -1
+        if pid == 0:
+            self._child(number, rest, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if pid < 0:
+            return self._report(number, -1, 0.0, 0)
+        handle = os.pidfd_open(pid)
+        self._runs[handle] = pid, number
+        self._poll.register(handle, select.POLLIN)
+
+    def _child(self, number: int, rest: list[int], descriptors: list[int]) -> None:
+        """Never returns. The hello is its last word to the judge: a run without one is no fault of the program."""
+        role, cpu_s, memory_mb, file_mb = rest
+        try:
+            sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.setsid()
+            _place(descriptors, self._control.fileno())
+            sandbox_jail.limit(cpu_s, memory_mb, file_mb)
+            # /dev/stdin is a link into the own folder of /proc; the tests' process stays closed
+            sandbox_jail.prctl(sandbox_jail.PR_SET_DUMPABLE, int(role != sandbox_wire.TESTS))
+            self._calls.install()
+            os.write(LAST_WORD, bytes([sandbox_wire.HELLO]) + struct.pack("!I", number))
+            os.close(LAST_WORD)
+            sandbox_run.run(role)
+        finally:
+            os._exit(1)
+
+    def _bury(self, descriptor: int) -> None:
+        pid, number = self._runs.pop(descriptor)
+        self._poll.unregister(descriptor)
+        os.close(descriptor)
+        _, status, usage = os.wait4(pid, 0)
+        if not self._runs:
+            self._clean()
+        self._report(
+            number,
+            os.waitstatus_to_exitcode(status),
+            usage.ru_utime + usage.ru_stime,
+            usage.ru_maxrss,
+        )
+
+    def _report(self, number: int, status: int, cpu_s: float, peak_kb: int) -> None:
+        self._control.send(
+            sandbox_wire.REPORT.pack(sandbox_wire.ENDED, number, status, cpu_s, peak_kb)
+        )
+
+    def _clean(self) -> None:
+        """No process and no file of a run outlives it."""
+        if self._alone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                while True:
+                    os.waitpid(-1, 0)
+        _empty(self._scratch)
+
+    def _stop(self) -> None:
+        for pid, _ in self._runs.values():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        _empty(self._scratch)
+
+
+def _place(descriptors: list[int], control: int) -> None:
+    """Descriptors to 0, 1, 2, ..., control to its place, all others closed.
+
+    First out of the way, since they may lie on each other's places.
+    """
+    high = [fcntl.fcntl(d, fcntl.F_DUPFD_CLOEXEC, 32) for d in (*descriptors, control)]
+    for place, descriptor in zip((*range(len(descriptors)), LAST_WORD), high, strict=True):
+        os.dup2(descriptor, place)
+    os.closerange(len(descriptors), LAST_WORD)
+    os.closerange(LAST_WORD + 1, 1024)
+
+
+def _empty(folder: str) -> None:
+    """Deletes all in a folder, but follows no link, and gets through whatever modes and depths a program left."""
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            os.chmod(entry.path, 0o700)
+            _empty(entry.path)
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
