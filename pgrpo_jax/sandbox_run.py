@@ -16,7 +16,7 @@ import threading
 import types
 from typing import Any
 
-from pgrpo_jax import sandbox_wire
+from pgrpo_jax import sandbox_proxy, sandbox_wire
 
 JOB, CHANNEL, VERDICTS = 3, 4, 5  # descriptors, if the role has them
 FILE = "program.py"
@@ -56,10 +56,16 @@ def install_builtins() -> None:
 
 def run(role: int) -> None:
     """Plays a role with the descriptors that lie at their places. Never returns."""
+    roles = {sandbox_wire.SCRIPT: _script, sandbox_wire.CALLS: _calls, sandbox_wire.PROGRAM: _serve}
+    roles[role](begin())
+
+
+def begin() -> dict[str, Any]:
+    """The job, and streams to run it with."""
     job = sandbox_wire.loads(_read(JOB))
     os.close(JOB)
     _open_streams()
-    {sandbox_wire.SCRIPT: _script, sandbox_wire.CALLS: _calls}[role](job)
+    return job
 
 
 def _read(descriptor: int) -> bytes:
@@ -167,7 +173,7 @@ def _flush() -> bool:
 
 def _calls(job: dict[str, Any]) -> None:
     """Loads the program, then answers the calls of a job in order, one message each, after one for the load."""
-    dumps, loads, say = sandbox_wire.dumps, sandbox_wire.loads, _speaker(CHANNEL)
+    dumps, loads, say = sandbox_wire.dumps, sandbox_wire.loads, speaker(CHANNEL)
     program = module("solution")
     try:
         load(job["program"], program)
@@ -190,8 +196,9 @@ def load(source: str, program: types.ModuleType) -> None:
 
 def find(program: types.ModuleType, name: str) -> Any:
     """A function of the module, or a method of its `class Solution`."""
-    if name in program.__dict__:
-        return program.__dict__[name]
+    for known in (program.__dict__, vars(builtins)):
+        if name in known:
+            return known[name]
     if "Solution" in program.__dict__:
         return getattr(program.__dict__["Solution"](), name)
     raise NameError(f"name {name!r} is not defined")
@@ -225,7 +232,34 @@ def describe(error: BaseException) -> list[str]:
     return [str(type(error).__name__)[:100], text[:400]]
 
 
-def _speaker(descriptor: int) -> Any:
+# --- serving the tests' process
+
+
+def _serve(job: dict[str, Any]) -> None:
+    """Loads the program, then does what the tests' process asks for, until that ends."""
+    program = module("solution")
+    failure: list[BaseException] = []
+
+    def names(classes: bool) -> dict[str, Any]:
+        if failure:
+            raise failure[0]
+        public = [(k, v) for k, v in program.__dict__.items() if not k.startswith("__")]
+        return {k: v for k, v in public if not classes or isinstance(v, type)}
+
+    link = sandbox_proxy.Link(CHANNEL, guarded=False, names=names)
+    sys.stdout = link.printed
+    builtins.input = lambda prompt="": link.ask("input", str(prompt))
+    try:
+        load(job["program"], program)
+    except BaseException as error:
+        failure.append(error)
+    link.serve()
+    os._exit(0)
+
+
+def speaker(descriptor: int) -> Any:
+    """A function that sends one message."""
+
     def say(body: bytes) -> None:
         data = memoryview(sandbox_wire.frame(body))
         while data:

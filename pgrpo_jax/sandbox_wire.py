@@ -7,12 +7,18 @@ rest. JSON stands for itself where it can; an object of one key is a tag:
     {"i": hex} large int    {"f": text} inf, nan   {"c": [re, im]} complex
     {"b": hex} bytes        {"y": hex} bytearray   {"d": [[key, value], ...]} dict
     {"t": [...]} tuple      {"s": [...]} set       {"z": [...]} frozenset
+    {"k": [name, parts]} a type of the standard library that is plain data, see _MAKE
     {"o": handle} what stays in the other process, if the caller says how
 
 Part of the sandbox: standard library only.
 """
 
 import array
+import collections
+import datetime
+import decimal
+import fractions
+import functools
 import json
 import math
 import socket
@@ -54,7 +60,7 @@ def loads(data: bytes | bytearray, foreign: Callable[[Any], Any] | None = None) 
     """The value in a text. `foreign` turns a handle into what stands for it here."""
     try:
         return _unpack(json.loads(data), foreign, 0)
-    except (ValueError, TypeError, RecursionError, OverflowError, KeyError) as error:
+    except (ValueError, TypeError, RecursionError, ArithmeticError, LookupError) as error:
         raise Malformed(f"{type(error).__name__}: {error}") from None
 
 
@@ -88,21 +94,29 @@ def _pack(value: Any, foreign: Callable[[Any], Any] | None, depth: int) -> Any:
 
 
 def _pack_derived(value: Any, foreign: Callable[[Any], Any] | None, depth: int) -> Any:
-    """Subclasses of plain types lose the subclass unless the caller keeps foreign things apart."""
+    """Other subclasses of plain types lose the subclass, unless the caller keeps foreign things apart."""
+    kind = type(value)
+    if kind in _TAKE_APART:
+        parts = [_pack(part, foreign, depth + 1) for part in _TAKE_APART[kind](value)]
+        return {"k": [kind.__name__, parts]}
+    if _is_named_tuple(value):
+        parts = [kind.__name__, list(kind._fields), tuple(value)]
+        return {"k": ["namedtuple", [_pack(part, foreign, depth + 1) for part in parts]]}
     if foreign is not None:
         handle = foreign(value)
         if handle is not None:
             return {"o": handle}
-    if (
-        type(value).__module__ == "numpy"
-        and hasattr(value, "dtype")
-        and not hasattr(value, "__len__")
-    ):
+    if kind.__module__ == "numpy" and hasattr(value, "dtype") and not hasattr(value, "__len__"):
         return _pack(value.item(), None, DEPTH)
     for base in (int, float, str, bytes, list, tuple, dict, set, frozenset):
         if isinstance(value, base):
             return _pack(base(value), foreign, depth)
-    raise Unpackable(f"a value of type {type(value).__name__}")
+    raise Unpackable(f"a value of type {kind.__name__}")
+
+
+def _is_named_tuple(value: Any) -> bool:
+    names = getattr(type(value), "_fields", None)
+    return isinstance(value, tuple) and type(names) is tuple and len(names) == tuple.__len__(value)
 
 
 def _unpack(data: Any, foreign: Callable[[Any], Any] | None, depth: int) -> Any:
@@ -121,6 +135,9 @@ def _unpack(data: Any, foreign: Callable[[Any], Any] | None, depth: int) -> Any:
         if type(body) is not str:
             raise ValueError(f"the body of {tag!r} must be text")
         return _SCALARS[tag](body)
+    if tag == "k":
+        name, parts = body
+        return _MAKE[name](*[_unpack(part, foreign, depth + 1) for part in parts])
     items = [_unpack(item, foreign, depth + 1) for item in body]
     if tag == "t":
         return tuple(items)
@@ -135,6 +152,38 @@ def _unpack(data: Any, foreign: Callable[[Any], Any] | None, depth: int) -> Any:
     raise ValueError(f"unknown tag {tag!r}")
 
 
+@functools.lru_cache(maxsize=256)
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)  # which refuses what is no identifier
+
+
+_TAKE_APART: dict[type, Callable[[Any], Any]] = {
+    collections.deque: lambda v: (list(v), v.maxlen),
+    collections.Counter: lambda v: (dict(v),),
+    collections.OrderedDict: lambda v: (list(v.items()),),
+    collections.defaultdict: lambda v: (dict(v),),
+    range: lambda v: (v.start, v.stop, v.step),
+    decimal.Decimal: lambda v: (str(v),),
+    fractions.Fraction: lambda v: (v.numerator, v.denominator),
+    datetime.date: lambda v: (v.isoformat(),),
+    datetime.time: lambda v: (v.isoformat(),),
+    datetime.datetime: lambda v: (v.isoformat(),),
+    datetime.timedelta: lambda v: (v.days, v.seconds, v.microseconds),
+}
+_MAKE: dict[str, Callable[..., Any]] = {
+    "deque": collections.deque,
+    "Counter": collections.Counter,
+    "OrderedDict": collections.OrderedDict,
+    "defaultdict": lambda content: collections.defaultdict(None, content),
+    "range": range,
+    "Decimal": decimal.Decimal,
+    "Fraction": fractions.Fraction,
+    "date": datetime.date.fromisoformat,
+    "time": datetime.time.fromisoformat,
+    "datetime": datetime.datetime.fromisoformat,
+    "timedelta": datetime.timedelta,
+    "namedtuple": lambda name, fields, values: _named_tuple(name, tuple(fields))(*values),
+}
 _SCALARS: dict[str, Callable[[str], Any]] = {
     "i": lambda body: int(body, 16),
     "f": float,

@@ -6,9 +6,9 @@ Part of the sandbox: standard library only.
 """
 
 import ast
-import builtins
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -217,15 +217,104 @@ def _reply_verdict(
     return "fail", f"wanted {compare.brief(want)}, got {str(body)[:200]}"
 
 
-# --- asserts
+# --- asserts and unittests
 
 
 def _asserts(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     plan = None if job["setup"].strip() else as_calls(tuple(job["code"]))
     if plan is None:
-        raise InfraError("these asserts need a second interpreter")
+        return (yield from _session(slot, job))
     calls, wanted = plan
     return (yield from _call_all(slot, job, calls, wanted, compare.same_values))
+
+
+def _session(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
+    """Tests in one process, the program in another, which call each other over a socket.
+
+    Tests that replace parts of the program's interpreter need one process: then the program could
+    say what it likes, the result is `weak`, and weak is no pass unless the limits allow it.
+    """
+    weak = need_one_interpreter(job["setup"], *job["code"])
+    tally = Tally(len(job["code"]))
+    limits = _limits(job, 1 << 10)
+    files, runs = [], []
+    verdicts = sandbox_slot.Channel(slot, sandbox_wire.REPLY_LIMIT)
+    ours, theirs = socket.socketpair()
+    tests_job = {key: job[key] for key in ("kind", "setup", "code")}
+    tests_job["program"] = job["program"] if weak else ""
+    try:
+        if not weak:
+            files.append(sandbox_slot.sealed_file(sandbox_wire.dumps({"program": job["program"]})))
+            runs.append(slot.start(sandbox_wire.PROGRAM, files[0], limits, more=(theirs.detach(),)))
+        files.append(sandbox_slot.sealed_file(sandbox_wire.dumps(tests_job)))
+        more = (ours.detach(), verdicts.given)
+        runs.append(slot.start(sandbox_wire.TESTS, files[-1], limits, more=more))
+        ended = yield from _listen(verdicts, runs, tally, job["kind"] == "unittest")
+        for run in runs:
+            run.stop("over")
+        while not all(run.over for run in runs):
+            yield
+    finally:
+        verdicts.close()
+        for file in files:
+            os.close(file)
+    for run in runs:
+        tally.spent(run)
+    stopped = next(filter(None, map(_stopped, runs)), None)
+    if not tally.failure and (stopped or not ended):
+        tally.add(*(stopped or ("error", "the tests ended early " + _last_line(runs[-1]))))
+    result = tally.result()
+    if weak:
+        result |= _weak(result["verdict"], result["failure"])
+    return result
+
+
+def _listen(
+    verdicts: sandbox_slot.Channel, runs: list[sandbox_slot.Run], tally: Tally, unittest: bool
+) -> Generator[None, None, bool]:
+    """Takes the verdicts as they come. True if the tests came to their end."""
+    while True:
+        while not verdicts.messages and not verdicts.ended:
+            yield
+        if not verdicts.messages:
+            return False
+        verdict, why = sandbox_wire.loads(verdicts.messages.pop(0))
+        if any(run.cpu_clock() - run.part_cpu_s > run.limits.cpu_s for run in runs):
+            verdict, why = "timeout", f"took more than {runs[0].limits.cpu_s:g} s of CPU"
+        for run in runs:
+            run.begin_part()
+        if verdict == "end":
+            return True
+        if verdict == "total" and unittest and not tally.verdicts:
+            tally.total = int(why)
+        elif not tally.add("memory" if why.startswith("MemoryError") else verdict, why):
+            return False
+
+
+def _weak(verdict: str, failure: str) -> dict[str, Any]:
+    if verdict != "pass":
+        return {"weak": True}
+    why = "the tests passed in the program's own interpreter, which proves nothing: " + failure
+    return {"weak": True, "verdict": "fail", "failure": why}
+
+
+_FORWARDED = {"sys.stdout", "sys.stderr", "sys.stdin", "builtins.input"}  # see `sandbox_proxy`
+
+
+@functools.lru_cache(maxsize=4096)
+def need_one_interpreter(*code: str) -> bool:
+    """Do tests patch anything that is not at hand in their own process?"""
+    try:
+        calls = [n for text in code for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    for call in calls:
+        name = ast.unparse(call.func)
+        if name.split(".")[-1] == "patch" or ".patch." in f".{name}." or name.startswith("patch."):
+            target = call.args[0] if call.args else None
+            if not (isinstance(target, ast.Constant) and target.value in _FORWARDED):
+                return True
+    return False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -252,9 +341,7 @@ def _as_call(text: str) -> tuple[tuple[str, Any, Any], Any]:
         raise ValueError("not one ==")
     if not isinstance(call, ast.Call):
         call, want = want, call
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or hasattr(
-        builtins, call.func.id
-    ):
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
         raise ValueError("not a call of the program's function")
     positional = tuple(ast.literal_eval(argument) for argument in call.args)
     keyword = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
@@ -267,4 +354,5 @@ _KINDS: dict[str, Callable[[sandbox_slot.Slot, dict[str, Any]], Work]] = {
     "stdin": _scripts,
     "call": _calls,
     "assert": _asserts,
+    "unittest": _session,
 }

@@ -28,7 +28,7 @@ import socket
 import struct
 import sys
 
-from pgrpo_jax import sandbox_jail, sandbox_run, sandbox_wire
+from pgrpo_jax import sandbox_jail, sandbox_run, sandbox_tests, sandbox_wire
 
 LAST_WORD = (
     6  # where a child keeps the control socket; 0 to 5: stdin stdout stderr job channel verdicts
@@ -169,6 +169,8 @@ class _Slot:
             self._calls.install()
             os.write(LAST_WORD, bytes([sandbox_wire.HELLO]) + struct.pack("!I", number))
             os.close(LAST_WORD)
+            if role == sandbox_wire.TESTS:
+                sandbox_tests.run()
             sandbox_run.run(role)
         finally:
             os._exit(1)

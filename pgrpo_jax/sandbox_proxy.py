@@ -1,0 +1,417 @@
+"""Two processes that call each other: the tests in one, the program in the other.
+
+What is plain travels by value; what is not stays where it is and is stood for by a `Foreign` with a
+handle. The tests' side is guarded: the program must neither decide a comparison nor look around.
+
+* Comparing a foreign object is never asked of the program: it equals only itself. Its operators work
+  only if the tests speak of its class by name, and so do methods that plain values have as well
+  (`f(x).startswith("a")` must not be answered by an impostor of a text).
+* The program may call what the tests gave it and read public attributes of their objects. It sees
+  no function's insides, no module, frame, code, traceback or test case.
+
+Lists, dicts, sets and bytearrays that a call changed in place are sent back and changed in the
+caller; what a call printed is printed by the caller, and `input` asks the tests' side.
+
+Part of the sandbox: standard library only.
+"""
+
+import ast
+import builtins
+import contextlib
+import importlib
+import io
+import socket
+import sys
+import threading
+import types
+import unittest
+import unittest.mock
+from collections.abc import Callable
+from typing import Any
+
+from pgrpo_jax import sandbox_wire
+
+MESSAGE_LIMIT = 64 << 20
+PRINT_LIMIT = 1 << 20
+
+_PLAIN = (int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset, complex, bool)
+_PLAIN_NAMES = {name for kind in _PLAIN for name in dir(kind)}
+_MUTABLE = (list, dict, set, bytearray)
+_ALWAYS = ("__call__", "__iter__", "__next__", "__len__", "__getitem__", "__setitem__")
+_ALWAYS += ("__delitem__", "__enter__", "__exit__", "__str__", "__repr__", "__bool__")
+_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()  # noqa: SIM905
+_BY_NAME = tuple(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i"))
+_BY_NAME += ("__lt__", "__le__", "__gt__", "__ge__", "__contains__", "__neg__", "__pos__")
+_BY_NAME += ("__abs__", "__invert__", "__int__", "__float__", "__index__", "__round__")
+_HIDDEN = (
+    types.ModuleType,
+    types.FrameType,
+    types.CodeType,
+    types.TracebackType,
+    unittest.TestCase,
+)
+_CLOSED = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.GeneratorType,
+    type,
+)
+
+
+class Gone(BaseException):
+    """The other process has ended."""
+
+
+class Foreign:
+    """Stands for an object of the other process. Made by `Link` only."""
+
+    _trusted = True
+
+    def __init__(self, link: "Link", handle: int):
+        object.__setattr__(self, "_link", link)
+        object.__setattr__(self, "_handle", handle)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name not in ("__name__", "__doc__", "__wrapped__"):
+            raise AttributeError(name)
+        if name in _PLAIN_NAMES and not self._trusted:
+            raise AttributeError(f"{name!r} of a {type(self).__name__} that is no plain value")
+        return self._link.ask("get", self._handle, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._link.ask("set", self._handle, name, value)
+
+
+class _ForeignClass(Foreign):
+    def __instancecheck__(self, value: Any) -> bool:
+        return (
+            isinstance(value, Foreign) and self._link.ask("isinstance", self._handle, value) is True
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._link.ask("call", self._handle, args, kwargs)
+
+
+class Link:
+    """One side of the connection; `guarded` is the tests' side."""
+
+    def __init__(self, descriptor: int, guarded: bool, names: Callable[[bool], dict[str, Any]]):
+        """`names` gives what the other side may know by name, only the classes or all."""
+        self._socket = socket.socket(fileno=descriptor)
+        self._guarded = guarded
+        self._names = names
+        self._trusted: set[int] = set()  # handles of the classes that the tests speak of
+        self._lock = threading.RLock()
+        self._mine: dict[int, Any] = {}
+        self._handles: dict[int, int] = {}  # id of one of mine: its handle
+        self._theirs: dict[int, Any] = {}
+        self._kinds: dict[int, type] = {}
+        self._errors: dict[int, type[BaseException]] = {}
+        self.printed = io.StringIO()
+
+    def trust(self, value: Any) -> None:
+        """The tests speak of this class by name: what it defines is what they are about."""
+        if isinstance(value, _ForeignClass):
+            self._trusted.add(value._handle)
+
+    # --- talking
+
+    def ask(self, what: str, *rest: Any) -> Any:
+        """Has the other side do something; serves it meanwhile. Raises what it raised there."""
+        with self._lock:
+            self._send(("ask", what, *rest))
+            how, value, changed, printed = self._hear_answer()
+        sys.stdout.write(printed)
+        if how == "raised":
+            raise value
+        for index, content in changed:
+            _put(rest[1][index], content)
+        return rest[1][value] if how == "argument" else value
+
+    def serve(self) -> None:
+        """Answers until the other side has ended."""
+        with contextlib.suppress(Gone):
+            while True:
+                self._answer(*self._receive()[1:])
+
+    def _hear_answer(self) -> Any:
+        while True:
+            kind, *rest = self._receive()
+            if kind == "answer":
+                return rest
+            self._answer(*rest)
+
+    def _answer(self, what: str, *rest: Any) -> None:
+        try:
+            value = _SERVICES[what](self, *rest)
+            how, changed = "value", []
+            if what == "call":
+                value, how, changed = value
+            reply = ("answer", how, value, changed, self._take_printed())
+            data = sandbox_wire.dumps(reply, self._export)
+        except Gone:
+            raise
+        except BaseException as error:
+            reply = ("answer", "raised", error, [], self._take_printed())
+            data = sandbox_wire.dumps(reply, self._export)
+        self._send_data(data)
+
+    def _take_printed(self) -> str:
+        text = self.printed.getvalue()[:PRINT_LIMIT]
+        self.printed.seek(0)
+        self.printed.truncate()
+        return text
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        self._send_data(sandbox_wire.dumps(message, self._export))
+
+    def _send_data(self, data: bytes) -> None:
+        try:
+            sandbox_wire.send_frame(self._socket, data)
+        except OSError:
+            raise Gone("the program's process ended") from None
+
+    def _receive(self) -> Any:
+        try:
+            data = sandbox_wire.receive_frame(self._socket, MESSAGE_LIMIT)
+            if data is None:
+                raise Gone("the program's process ended")
+            return sandbox_wire.loads(data, self._import)
+        except (OSError, sandbox_wire.Malformed) as error:
+            raise Gone(f"the program's process sent what no value is: {error}") from None
+
+    # --- what is not plain
+
+    def _export(self, value: Any) -> Any:
+        kind = type(value)
+        if issubclass(kind, Foreign):
+            return ["yours", value._handle]
+        if self._guarded and isinstance(value, _HIDDEN):
+            raise sandbox_wire.Unpackable(f"a {kind.__name__} is not for the program")
+        if isinstance(value, type):
+            return self._export_class(value)
+        if isinstance(value, types.ModuleType):
+            return ["module", value.__name__]
+        if isinstance(value, BaseException):
+            return self._export_error(value)
+        if isinstance(value, _PLAIN) and not _has_methods(kind):
+            return None
+        names = [name for name in (*_ALWAYS, *_BY_NAME) if hasattr(kind, name)]
+        return ["object", self._handle_of(value), self._handle_of(kind), kind.__name__, names]
+
+    def _export_class(self, value: type) -> Any:
+        if value.__module__ == "builtins" and getattr(builtins, value.__name__, None) is value:
+            return ["builtin", value.__name__]
+        if issubclass(value, BaseException):
+            known = next(base for base in value.__mro__ if _known_error(base))
+            name = f"{known.__module__}:{known.__name__}"
+            return [
+                "error class",
+                0 if known is value else self._handle_of(value),
+                value.__name__,
+                name,
+            ]
+        return ["class", self._handle_of(value), value.__name__]
+
+    def _export_error(self, error: BaseException) -> Any:
+        def plain(value: Any) -> bool:
+            try:
+                sandbox_wire.dumps(value)
+            except (sandbox_wire.Unpackable, RecursionError):
+                return False
+            return True
+
+        content = (
+            {k: v for k, v in vars(error).items() if plain(v)} if hasattr(error, "__dict__") else {}
+        )
+        arguments = [v if plain(v) else str(type(v)) for v in error.args]
+        body = sandbox_wire.dumps((arguments, content, isinstance(error, StopIteration))).decode()
+        return ["error", self._export_class(type(error)), body]
+
+    def _handle_of(self, value: Any) -> int:
+        handle = self._handles.get(id(value))
+        if handle is None:
+            handle = self._handles[id(value)] = len(self._mine) + 1
+            self._mine[handle] = value  # which also keeps its id from being used again
+        return handle
+
+    def _import(self, payload: Any) -> Any:
+        if type(payload) is not list or not payload:
+            raise ValueError("not a handle")
+        return _IMPORTS[payload[0]](self, *payload[1:])
+
+    def _import_object(self, handle: int, kind: int, name: str, methods: list[str]) -> Any:
+        if handle not in self._theirs:
+            if kind not in self._kinds:
+                self._kinds[kind] = self._make_kind(kind, str(name), methods)
+            self._theirs[handle] = self._kinds[kind](self, handle)
+        return self._theirs[handle]
+
+    def _make_kind(self, kind: int, name: str, methods: list[str]) -> type:
+        trusted = not self._guarded or kind in self._trusted
+        allowed = {*_ALWAYS, *_BY_NAME} if trusted else {*_ALWAYS}
+        content: dict[str, Any] = {
+            method: _forward(method) for method in methods if method in allowed
+        }
+        return type(name, (Foreign,), {**content, "_trusted": trusted})
+
+    def _import_class(self, handle: int, name: str) -> Any:
+        if handle not in self._theirs:
+            self._theirs[handle] = type(str(name), (_ForeignClass,), {})(self, handle)
+        return self._theirs[handle]
+
+    def _import_error_class(self, handle: int, name: str, known: str) -> type[BaseException]:
+        module, _, base_name = known.partition(":")
+        base = getattr(sys.modules[module], base_name)
+        if not _known_error(base):
+            raise ValueError("not an exception of the standard library")
+        if handle and handle not in self._errors:
+            self._errors[handle] = type(str(name), (base,), {})
+        return self._errors[handle] if handle else base
+
+    def _import_error(self, kind: Any, body: str) -> BaseException:
+        arguments, content, _ = sandbox_wire.loads(body.encode())
+        made = self._import(kind)
+        error = made.__new__(made, *arguments)
+        with contextlib.suppress(TypeError, ValueError):
+            error.args = tuple(arguments)
+        for name, value in content.items():
+            if not name.startswith("__"):
+                error.__dict__[name] = value
+        return error
+
+    def _import_module(self, name: str) -> Any:
+        top = str(name).partition(".")[0]
+        if top in sys.stdlib_module_names or name in sys.modules:
+            return importlib.import_module(str(name))
+        raise ValueError(f"no module {name!r} here")
+
+    # --- services
+
+    def _object(self, handle: int) -> Any:
+        return self._mine[handle]
+
+    def _call(self, handle: int, args: Any, kwargs: Any) -> Any:
+        mutable = any(type(value) in _MUTABLE for value in args)
+        before = [self._text(value) for value in args] if mutable else []
+        value = self._object(handle)(*args, **kwargs)
+        changed = []
+        for index, text in enumerate(before):
+            if type(args[index]) in _MUTABLE and self._text(args[index]) != text:
+                changed.append((index, args[index]))
+        for index, argument in enumerate(args):
+            if argument is value and type(value) in _MUTABLE:
+                return index, "argument", changed
+        return value, "value", changed
+
+    def _text(self, value: Any) -> bytes:
+        return sandbox_wire.dumps(value, self._export) if type(value) in _MUTABLE else b""
+
+    def _get(self, handle: int, name: str) -> Any:
+        target = self._object(handle)
+        self._refuse(target, name)
+        return getattr(target, name)
+
+    def _set(self, handle: int, name: str, value: Any) -> None:
+        target = self._object(handle)
+        self._refuse(target, name)
+        if self._guarded and isinstance(target, unittest.mock.NonCallableMock):
+            raise AttributeError("the tests' mocks are not for the program to change")
+        setattr(target, name, value)
+
+    def _refuse(self, target: Any, name: str) -> None:
+        if self._guarded and (name.startswith("_") or isinstance(target, _CLOSED)):
+            raise AttributeError(
+                f"{name!r} of the tests' {type(target).__name__} is not for the program"
+            )
+
+    def _operate(self, handle: int, name: str, args: Any) -> Any:
+        if name not in _ALWAYS and name not in _BY_NAME:
+            raise AttributeError(name)
+        target = self._object(handle)
+        return getattr(type(target), name)(target, *args)
+
+    def _is_instance(self, handle: int, value: Any) -> bool:
+        return isinstance(value, self._object(handle))
+
+    def _input(self, prompt: str) -> str:
+        return input(prompt)
+
+
+_SERVICES: dict[str, Callable[..., Any]] = {
+    "call": Link._call,
+    "get": Link._get,
+    "set": Link._set,
+    "op": Link._operate,
+    "isinstance": Link._is_instance,
+    "input": Link._input,
+    "names": lambda link, classes: link._names(classes),
+}
+_IMPORTS: dict[str, Callable[..., Any]] = {
+    "yours": Link._object,
+    "object": Link._import_object,
+    "class": Link._import_class,
+    "builtin": lambda _, name: _builtin_class(name),
+    "error class": Link._import_error_class,
+    "error": Link._import_error,
+    "module": Link._import_module,
+}
+
+
+def _forward(name: str) -> Callable[..., Any]:
+    if name == "__call__":
+        return lambda self, *args, **kwargs: self._link.ask("call", self._handle, args, kwargs)
+    return lambda self, *args: self._link.ask("op", self._handle, name, args)
+
+
+def _builtin_class(name: str) -> type:
+    found = getattr(builtins, name)
+    if not isinstance(found, type):
+        raise ValueError(f"{name!r} is no class")
+    return found
+
+
+def _known_error(kind: type) -> bool:
+    """An exception that both processes have."""
+    module = sys.modules.get(kind.__module__)
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, BaseException)
+        and kind.__module__.partition(".")[0] in sys.stdlib_module_names
+        and kind.__module__ != "__main__"
+        and getattr(module, kind.__name__, None) is kind
+    )
+
+
+def _has_methods(kind: type) -> bool:
+    """Does a subclass of a plain type add behaviour, so that its objects are more than their value?"""
+    if kind.__module__ == "numpy" or hasattr(kind, "_fields"):
+        return False
+    bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "enum")]
+    return any(
+        callable(value) and not name.startswith("_")
+        for base in bases
+        for name, value in vars(base).items()
+    )
+
+
+def _put(target: Any, content: Any) -> None:
+    """Gives a mutable builtin the content of another."""
+    if isinstance(target, list | bytearray):
+        target[:] = content
+    elif isinstance(target, dict | set):
+        target.clear()
+        target.update(content)
+
+
+def mentioned_names(*sources: str) -> frozenset[str]:
+    """Every name and attribute that occurs in code."""
+    names: set[str] = set()
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Name):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                names.add(node.attr)
+    return frozenset(names)
