@@ -56,7 +56,9 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "a list": {
         "sort": Operation("sort it", "sorted(x)", sorted),
         "reverse": Operation("reverse it", "x[::-1]", lambda x: x[::-1]),
-        "add_each": Operation("add {} to each", "[v + {} for v in x]", lambda x, k: [v + k for v in x]),
+        "add_each": Operation(
+            "add {} to each", "[v + {} for v in x]", lambda x, k: [v + k for v in x]
+        ),
         "above": Operation(
             "keep those above {}", "[v for v in x if v > {}]", lambda x, k: [v for v in x if v > k]
         ),
@@ -72,7 +74,11 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "repeat": Operation("repeat it {} times", "x * {}", lambda x, k: x * k),
     },
 }
-EDGES = {"an integer": ("negative", "x < 0"), "a list": ("empty", "not x"), "a text": ("empty", "not x")}
+EDGES = {
+    "an integer": ("negative", "x < 0"),
+    "a list": ("empty", "not x"),
+    "a text": ("empty", "not x"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +139,9 @@ def _draw_spec(rng: random.Random) -> Spec:
     names = dict(zip((o for o in told if operations[o].takes_constant), NAMES, strict=False))
     constants = []
     for name in sorted(names.values()):
-        a, b, value = rng.randint(1, 9), rng.randint(1, 9), rng.randint(2, 9)
-        while not 1 <= a + b - value <= 9:
-            a, b, value = rng.randint(1, 9), rng.randint(1, 9), rng.randint(2, 9)
-        constants.append((name, a, b, a + b - value))
+        total = rng.randint(3, 9)
+        a = rng.randint(1, total - 1)
+        constants.append((name, a, total - a, rng.randint(1, total - 2)))
     edge = rng.randint(0, 9) if rng.random() < 0.5 else None
     steps = tuple((o, names.get(o, "")) for o in chosen)
     return Spec(domain, steps, tuple(constants), but_first, edge)
@@ -221,7 +226,9 @@ def program(plan: Plan, domain: str) -> str:
     lines = ["def f(x):"]
     if plan.edge is not None:
         lines += [f"    if {EDGES[domain][1]}:", f"        return {plan.edge}"]
-    lines += ["    x = " + OPERATIONS[domain][o].code.format(constant) for o, constant in plan.steps]
+    lines += [
+        "    x = " + OPERATIONS[domain][o].code.format(constant) for o, constant in plan.steps
+    ]
     return "\n".join(lines) + "\n    return x\n"
 
 
@@ -263,7 +270,9 @@ def wrong_rigor(plan: Plan, spec: Spec, rng: random.Random) -> Plan:
     used = {o for o, _ in plan.steps}
     needless = rng.choice([o for o in OPERATIONS[spec.domain] if o not in used])
     constant = rng.randint(1, 9) if OPERATIONS[spec.domain][needless].takes_constant else None
-    return dataclasses.replace(plan, steps=plan.steps[:at] + ((needless, constant),) + plan.steps[at:])
+    return dataclasses.replace(
+        plan, steps=plan.steps[:at] + ((needless, constant),) + plan.steps[at:]
+    )
 
 
 def wrong_order(plan: Plan, spec: Spec, rng: random.Random) -> Plan:
@@ -304,12 +313,12 @@ def initial_plan(spec: Spec, rng: random.Random) -> Plan:
 
 
 def degraded_plan(spec: Spec, dimension: Dimension, rng: random.Random) -> Plan:
-    """A plan with a defect of `dimension`; terse or wordy too as often as not, so that length says little."""
+    """A plan with a defect of `dimension`; some are terse or wordy too."""
     plan = DEFECTS[dimension](reference_plan(spec), spec, rng)
     draw = rng.random()
-    if draw < 0.35:
+    if draw < 0.15:
         return _terse(plan)
-    return _wordy(plan, rng) if draw < 0.6 and plan.steps else plan
+    return _wordy(plan, rng) if draw < 0.3 and plan.steps else plan
 
 
 # --- the oracle
@@ -379,9 +388,9 @@ def grade(spec: Spec, text: str) -> Grade:
 def _draw_plan(spec: Spec, rng: random.Random) -> tuple[Plan, Plan]:
     """A plan of mixed quality, and the plan that its program follows."""
     truth, draw = reference_plan(spec), rng.random()
-    if draw < 0.3:
+    if draw < 0.4:
         return truth, truth
-    if draw < 0.55:
+    if draw < 0.65:
         return initial_plan(spec, rng), truth
     plan = degraded_plan(spec, rng.choice(DIMENSIONS), rng)
     return plan, plan if rng.random() < 0.7 else truth
@@ -392,7 +401,7 @@ def _malform(text: str, rng: random.Random) -> str:
 
 
 def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows `prompt`, `completion` of mixed quality: 30 % good, 25 % terse or wordy, 45 % degraded; 10 % malformed."""
+    """Rows `prompt`, `completion` of mixed quality: 40 % good, 25 % terse or wordy, 35 % degraded; 10 % malformed."""
     rng = random.Random(zlib.crc32(f"sft/{seed}".encode()))
     for _ in range(count):
         problem = rng.choice(pool)
@@ -408,32 +417,27 @@ def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[
 def pair_rows(
     pool: list[types.Problem], dimensions: tuple[Dimension, ...], seed: int
 ) -> Iterator[dict[str, str]]:
-    """OD pairs: for each problem and dimension optimised > degraded, optimised > initial, initial > degraded."""
+    """OD pairs: optimised > initial once a problem; optimised > degraded and initial > degraded once a dimension."""
     rng = random.Random(zlib.crc32(f"pairs/{seed}".encode()))
     for problem in pool:
         spec = problem.columns["spec"]
+        optimised = reasoning(reference_plan(spec), spec.domain)
+        initial = reasoning(initial_plan(spec, rng), spec.domain)
+        sides = [("optimised>initial", "all", optimised, initial)]
         for dimension in dimensions:
-            text = {
-                "optimised": reasoning(reference_plan(spec), spec.domain),
-                "initial": reasoning(initial_plan(spec, rng), spec.domain),
-                "degraded": reasoning(degraded_plan(spec, dimension, rng), spec.domain),
+            degraded = reasoning(degraded_plan(spec, dimension, rng), spec.domain)
+            sides.append(("optimised>degraded", dimension, optimised, degraded))
+            sides.append(("initial>degraded", dimension, initial, degraded))
+        for kind, dimension, chosen, rejected in sides:
+            yield {
+                "prompt": problem.statement,
+                "chosen": chosen,
+                "rejected": rejected,
+                "kind": kind,
+                "dimension": dimension,
+                "generator": "world",
+                "problem_id": problem.id,
             }
-            for better, worse in (
-                ("optimised", "degraded"),
-                ("optimised", "initial"),
-                ("initial", "degraded"),
-            ):
-                if text[better] == text[worse]:
-                    continue
-                yield {
-                    "prompt": problem.statement,
-                    "chosen": text[better],
-                    "rejected": text[worse],
-                    "kind": f"{better}>{worse}",
-                    "dimension": dimension,
-                    "generator": "world",
-                    "problem_id": problem.id,
-                }
 
 
 # --- the vocabulary
@@ -441,8 +445,25 @@ def pair_rows(
 
 def _pieces() -> tuple[str, ...]:
     """Every piece of text that a statement, a reasoning or a program is made of."""
-    pieces = ["<think>\n", "</think>\n", "<answer>\n", "</answer>\n", "def f(x):\n", "    return x\n", "\n"]
-    pieces += [".\n", ", then ", ", but first ", " plus ", " minus ", " - ", " = ", *map(str, range(25))]
+    pieces = [
+        "<think>\n",
+        "</think>\n",
+        "<answer>\n",
+        "</answer>\n",
+        "def f(x):\n",
+        "    return x\n",
+        "\n",
+    ]
+    pieces += [
+        ".\n",
+        ", then ",
+        ", but first ",
+        " plus ",
+        " minus ",
+        " - ",
+        " = ",
+        *map(str, range(13)),
+    ]
     for name in NAMES:
         pieces += [name, f"{name} is ", f"{name} = "]
     for domain, operations in OPERATIONS.items():

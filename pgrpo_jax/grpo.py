@@ -1,0 +1,239 @@
+"""The P-GRPO loop: sample, judge, score the reasonings, update (arXiv 2508.05170, section 3.2)."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pgrpo_jax import (
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    fit,
+    interrupt,
+    metrics,
+    optimizer,
+    progress,
+    rewards,
+    rng,
+    sandbox,
+    start,
+    tokenizer,
+    types,
+    update,
+)
+from pgrpo_jax.config import Architecture
+from pgrpo_jax.rollout import Engine
+
+STAGE, EVALUATE = "grpo", "evaluate"
+
+
+class Clock:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def metrics(self) -> dict[str, float]:
+        """time/<phase>_s and time/step_s."""
+        step_s = time.perf_counter() - self._begin
+        return {f"time/{name}_s": s for name, s in self.seconds.items()} | {"time/step_s": step_s}
+
+
+class Loop:
+    """One run's policy, on its way. Programs are compiled once, when they are first met."""
+
+    def __init__(
+        self,
+        cfg: config.Config,
+        mesh: jax.sharding.Mesh,
+        words: tokenizer.Tokenizer,
+        policy: tuple[Architecture, Any],
+        scorer: rewards.ThinkingScorer,
+        judge: sandbox.Judge,
+    ):
+        self.cfg, self.words, self.judge, self.scorer = cfg, words, judge, scorer
+        arch, params = policy
+        self.engine = Engine(
+            cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids, words.pad_id
+        )
+        self.update = update.compile_update(cfg, arch, mesh)
+        tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
+        self.reference = None
+        if cfg.update.kl != "none":
+            # A copy: the update donates the parameters it is given.
+            frozen = jax.tree.map(lambda x: x.copy(), params)
+            program = update.compile_reference(cfg, arch, mesh)
+            self.reference = lambda batch: program(frozen, batch)
+        self.state = optimizer.init_state(params, tx, mesh)
+        pool, _ = data.prompts(start.problems(cfg, "train"), words, cfg.data)
+        self.held, _ = data.prompts(start.problems(cfg, "evaluation"), words, cfg.data)
+        self.batches = data.batches(pool, cfg.rollout.prompts_per_step, cfg.seed)
+
+    def run(self) -> None:
+        """Steps from the newest checkpoint to the last step.
+
+        Raises:
+          fit.Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
+        """
+        cfg, steps = self.cfg, self.cfg.update.steps
+        with (
+            checkpoint.Checkpoints(cfg.workdir, cfg.logging.checkpoints_kept) as checkpoints,
+            interrupt.delayed() as stop,
+        ):
+            done = self._restore(checkpoints)
+            with (
+                self._log(STAGE, done) as log,
+                self._log(EVALUATE, done + 1 if done else 0) as tests,
+            ):
+                if done == 0:
+                    self._evaluate(tests, 0)
+                with progress.bar(STAGE, steps, done) as advance:
+                    for i in range(done, steps):
+                        values = self._step(log, i)
+                        log.metrics(i, values)
+                        advance(
+                            **{"pass": values["rewards/outcome/mean"], "reward": values["reward"]}
+                        )
+                        every, last = cfg.evaluation.every_steps, i + 1 == steps
+                        if last or (every and (i + 1) % every == 0):
+                            self._evaluate(tests, i + 1)
+                        saving = (i + 1) % cfg.logging.checkpoint_every_steps == 0
+                        if last or saving or stop.requested:
+                            checkpoints.save(
+                                i + 1, self.state, {"batches": self.batches.get_state()}
+                            )
+                        if stop.requested and not last:
+                            checkpoints.wait()
+                            raise fit.Interrupted(STAGE, i + 1, steps)
+
+    def _restore(self, checkpoints: checkpoint.Checkpoints) -> int:
+        restored = checkpoints.restore(fit.abstract(self.state))
+        if restored is None:
+            return 0
+        done, self.state, extra = restored
+        self.batches.set_state(extra["batches"])
+        return done
+
+    def _log(self, stage: str, first_step: int) -> metrics.Log:
+        return metrics.Log(
+            self.cfg.workdir,
+            stage,
+            first_step=first_step,
+            primary=jax.process_index() == 0,
+            wandb_project=self.cfg.logging.wandb_project,
+        )
+
+    def _evaluate(self, log: metrics.Log, step: int) -> None:
+        clock = Clock()
+        with clock.phase("evaluate"):
+            values, judged = evaluate.evaluate(
+                self.cfg, self.engine, self.state.params, self.held, self.words, self.judge
+            )
+        tokens = float(sum(len(j.completion.ids) for j in judged))
+        log.metrics(step, values | clock.metrics() | {"tokens": tokens})
+
+    def _step(self, log: metrics.Log, step: int) -> dict[str, float]:
+        """One step; writes its completions and returns its metrics."""
+        cfg, clock = self.cfg, Clock()
+        prompts = next(self.batches)
+        session = rewards.Rewards(cfg, self.words, self.judge, self.scorer)
+        with clock.phase("rollout"):
+            stream = self.engine.generate(
+                self.state.params,
+                prompts,
+                cfg.rollout.num_generations,
+                rng.integer(cfg.seed, "rollout"),
+                step,
+            )
+            for completion in stream:
+                session.add(completion)
+        with clock.phase("judge"):
+            session.wait()
+        with clock.phase("thinking"):
+            scored = session.finish()
+        with clock.phase("update"):
+            batch = update_batch(cfg, self.words.pad_id, scored)
+            if self.reference is not None:
+                batch = batch.replace(ref_logp_BT=self.reference(batch))
+            for iteration in range(cfg.update.num_iterations):
+                self.state, values, advantage_B = self.update(self.state, batch)
+                if iteration == 0:
+                    first = values
+            values, advantage_B = jax.device_get((values | _mismatch(first), advantage_B))
+        log.completions(step, scored.rows(advantage_B))
+        tokens = sum(len(c.ids) for c in scored.completions)
+        seconds = clock.metrics()
+        speed = {"tokens": float(tokens), "tokens_per_s": tokens / seconds["time/step_s"]}
+        judged = [
+            evaluate.Judged(*parts)
+            for parts in zip(
+                scored.completions, scored.texts, scored.parsed, scored.results, strict=True
+            )
+        ]
+        return {
+            **{name: float(value) for name, value in values.items()},
+            **scored.metrics,
+            **evaluate.oracle(judged),
+            **length_metrics(scored.completions),
+            **seconds,
+            **speed,
+        }
+
+
+def _mismatch(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What compares sampler and trainer is true of the first iteration only."""
+    return {name: value for name, value in values.items() if name.startswith("mismatch_")}
+
+
+def length_metrics(completions: Sequence[types.Completion]) -> dict[str, float]:
+    """Lengths in tokens, and the share that the limit cut."""
+    lengths = [len(c.ids) for c in completions]
+    return {
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/max_length": float(np.max(lengths)),
+        "completions/clipped_ratio": float(np.mean([c.truncated for c in completions])),
+    }
+
+
+def update_batch(cfg: config.Config, pad_id: int, scored: rewards.Scored) -> update.UpdateBatch:
+    """Token rows, prompt and completion side by side, padded on the right to a length that depends on the
+    prompts' bucket alone; the G completions of a prompt in consecutive rows.
+    """
+    completions = scored.completions
+    longest = max(len(c.prompt_ids) for c in completions)
+    bucket = next(b for b in cfg.rollout.prompt_buckets if b >= longest)
+    shape_BT = len(completions), bucket + cfg.rollout.max_completion_length
+    ids_BT, segments_BT = np.full(shape_BT, pad_id, np.int32), np.zeros(shape_BT, np.int32)
+    completion_BT, logp_BT = np.zeros(shape_BT, bool), np.zeros(shape_BT, np.float32)
+    for row, c in enumerate(completions):
+        begin, end = len(c.prompt_ids), len(c.prompt_ids) + len(c.ids)
+        ids_BT[row, :begin], ids_BT[row, begin:end] = c.prompt_ids, c.ids
+        segments_BT[row, :end] = 1
+        completion_BT[row, begin:end] = True
+        logp_BT[row, begin:end] = c.logps
+    positions_BT = np.broadcast_to(np.arange(shape_BT[1], dtype=np.int32), shape_BT)
+    return update.UpdateBatch(
+        ids_BT=ids_BT,
+        positions_BT=positions_BT,
+        segments_BT=segments_BT,
+        completion_BT=completion_BT,
+        old_logp_BT=logp_BT,
+        r_format_B=scored.r_format_B,
+        r_outcome_B=scored.r_outcome_B,
+        r_thinking_B=scored.r_thinking_B,
+        r_extra_B=scored.r_extra_B,
+        valid_B=scored.valid_B,
+        truncated_B=np.array([c.truncated for c in completions]),
+    )

@@ -1,0 +1,97 @@
+"""From logits to tokens: truncation, temperature, and one draw a row."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pgrpo_jax.models import logprobs
+
+
+def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
+    """Logits, -inf but for the `k` largest of each row and what equals the smallest of these."""
+    smallest_B = lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1]
+    return jnp.where(logits_BV >= smallest_B[:, None], logits_BV, -jnp.inf)
+
+
+def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
+    """Logits, -inf outside the nucleus: the fewest tokens of most mass that reach `p`, and ties.
+
+    arXiv 1904.09751, section 3.1. The likeliest token always stays.
+    """
+    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+    probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+    kept_BV = (before_BV < p).at[:, 0].set(True)
+    smallest_B = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1)
+    return jnp.where(logits_BV >= smallest_B[:, None], logits_BV, -jnp.inf)
+
+
+def pick(u_B: jax.Array, weights_BV: jax.Array) -> jax.Array:
+    """ids_B: the token in which the share u, in [0, 1), of each row's total weight falls.
+
+    Inverse-CDF sampling: one random number a row where Gumbel's trick takes one a token, which on
+    CPU costs ten times as much. First the block of about sqrt(V) tokens is found and then the token
+    in it: no running sum over the vocabulary is formed. A token of weight 0 is never picked.
+    """
+    B, V = weights_BV.shape
+    width = 1 << (V.bit_length() // 2)
+    weights_BNW = jnp.pad(weights_BV, ((0, 0), (0, -V % width))).reshape(B, -1, width)
+    sums_BN = weights_BNW.sum(-1)
+    target_B = u_B * sums_BN.sum(-1)
+    block_B, rest_B = _descend(target_B, sums_BN)
+    weights_BW = jnp.take_along_axis(weights_BNW, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * width + _descend(rest_B, weights_BW)[0]
+
+
+def _descend(target_B: jax.Array, weights_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first entry at which the running sum passes the target, and the rest of the target."""
+    sums_BN = jnp.cumsum(weights_BN, axis=-1)
+    n_BN = lax.broadcasted_iota(jnp.int32, weights_BN.shape, 1)
+    some_BN = weights_BN > 0
+    # Running sums are rounded: an entry of weight 0 could seem to be the first past the target, or
+    # the target to lie past them all. And not argmax: XLA does not vectorise it on CPU.
+    passed_BN = some_BN & (sums_BN > target_B[:, None])
+    first_B = jnp.min(jnp.where(passed_BN, n_BN, weights_BN.shape[1]), axis=-1)
+    chosen_B = jnp.minimum(first_B, jnp.max(jnp.where(some_BN, n_BN, 0), axis=-1))
+    before_B = jnp.sum(jnp.where(n_BN < chosen_B[:, None], weights_BN, 0), axis=-1)
+    return chosen_B, target_B - before_B
+
+
+def draw(
+    key_B: jax.Array,
+    index_B: jax.Array,
+    logits_BV: jax.Array,
+    temperature: jax.Array,
+    truncate: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """ids_B drawn from softmax(truncate(logits / temperature)), and their log-probabilities.
+
+    These are float32 and of the distribution before `truncate`. `key_B` belongs to the row,
+    `index_B` is the token's place in its completion. At temperature 0 the token is the likeliest
+    (the first of equals) and its log-probability that of temperature 1.
+    """
+    greedy = temperature == 0
+    logits_BV = logits_BV / jnp.where(greedy, 1, temperature)
+    top_B1 = logits_BV.max(-1, keepdims=True)
+    n_BV = lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    first_B = jnp.min(jnp.where(logits_BV == top_B1, n_BV, logits_BV.shape[1] - 1), axis=-1)
+    u_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(
+        key_B, index_B
+    )
+    drawn_B = pick(u_B, jnp.exp(truncate(logits_BV) - top_B1))
+    ids_B = jnp.where(greedy, first_B, drawn_B)
+    logp_B1, _ = logprobs.of_logits(logits_BV[:, None], ids_B[:, None])
+    return ids_B, logp_B1[:, 0]
+
+
+def truncation(top_k: int, top_p: float) -> Callable[[jax.Array], jax.Array]:
+    """Top-k and then top-p, each only where it is on: off, they cost nothing."""
+    kept = []
+    if top_k:
+        kept.append(functools.partial(keep_top_k, k=top_k))
+    if top_p < 1:
+        kept.append(functools.partial(keep_top_p, p=top_p))
+    return lambda logits_BV: functools.reduce(lambda y, keep: keep(y), kept, logits_BV)

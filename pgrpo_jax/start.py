@@ -1,0 +1,104 @@
+"""What every stage begins with: problems, and the models in their newest state in this run's folder."""
+
+import pathlib
+from typing import Any, Literal
+
+import jax
+
+from pgrpo_jax import config, data, rng, sharding, types, world
+from pgrpo_jax.config import Architecture, Config
+from pgrpo_jax.models import decoder, load, reward
+
+# What the stages leave in the run's folder.
+SFT, REWARD_MODEL, PAIRS, POLICY = "sft", "reward_model", "pairs.jsonl", "policy"
+
+Params = Any
+
+
+def problems(cfg: Config, split: Literal["train", "evaluation"]) -> list[types.Problem]:
+    """The problems of one split, from the built-in world or from the files named in `cfg.data`."""
+    settings = cfg.data
+    if split == "train":
+        name, hub_split, limit = settings.train, settings.train_split, settings.train_limit
+        made = ("train", cfg.world.train_problems)
+    else:
+        name, hub_split, limit = (
+            settings.evaluation,
+            settings.evaluation_split,
+            settings.evaluation_limit,
+        )
+        made = ("heldout", cfg.world.heldout_problems)
+    if name == "world":
+        return world.problems(*made, seed=cfg.seed)[: limit or None]
+    return data.load_problems(name, hub_split, limit)
+
+
+def folder(cfg: Config, name: str) -> pathlib.Path:
+    """A stage's output in the run's folder."""
+    return pathlib.Path(cfg.workdir) / name
+
+
+def is_done(folder: pathlib.Path) -> bool:
+    """Whether a stage's output stands there, whole."""
+    return (folder / "config.json").is_file()
+
+
+def initial_policy(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
+    """The policy before any stage: a checkpoint, or random parameters, made in their shardings."""
+    return _model(cfg.policy, mesh, load.load_policy, decoder.init, rng.key(cfg.seed, "policy"))
+
+
+def policy(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
+    """The policy after its warm-up, if this run has one."""
+    warmed = folder(cfg, SFT)
+    if is_done(warmed):
+        return load.load_policy(str(warmed), cfg.policy.compute, mesh)
+    if cfg.sft.steps:
+        raise FileNotFoundError(
+            f"{warmed} holds no policy, but sft.steps={cfg.sft.steps}: run `python -m pgrpo_jax.sft` with "
+            "this configuration first, or set --sft.steps 0 to go on from the policy's own checkpoint"
+        )
+    return initial_policy(cfg, mesh)
+
+
+def newest_policy(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
+    """The policy that the run has come to: trained, warmed up, or as it starts."""
+    trained = folder(cfg, POLICY)
+    if is_done(trained):
+        return load.load_policy(str(trained), cfg.policy.compute, mesh)
+    return policy(cfg, mesh)
+
+
+def initial_reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
+    """The reward model before its training: its own checkpoint, random, or the warmed-up policy as trunk."""
+    key = rng.key(cfg.seed, "reward model")
+    if cfg.reward_training.trunk == "policy":
+        arch, params = policy(cfg, mesh)
+        return arch, reward.from_policy(params, key)
+    return _model(cfg.reward_model, mesh, load.load_reward_model, reward.init, key)
+
+
+def reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
+    """The reward model after its training, if this run has one."""
+    trained = folder(cfg, REWARD_MODEL)
+    if is_done(trained):
+        return load.load_reward_model(str(trained), cfg.reward_model.compute, mesh)
+    if cfg.reward_training.steps:
+        raise FileNotFoundError(
+            f"{trained} holds no reward model, but reward_training.steps={cfg.reward_training.steps}: run "
+            "`python -m pgrpo_jax.train_reward` with this configuration first, or set "
+            "--reward-training.steps 0 to use the reward model's own checkpoint"
+        )
+    return initial_reward_model(cfg, mesh)
+
+
+def _model(settings: config.ModelConfig, mesh, load_from, init, key) -> tuple[Architecture, Params]:
+    if settings.architecture is None:
+        return load_from(settings.checkpoint, settings.compute, mesh)
+    arch, compute = settings.architecture, settings.compute
+
+    def make(key):
+        return init(arch, compute, key)
+
+    shapes = jax.eval_shape(make, key)
+    return arch, jax.jit(make, out_shardings=sharding.shardings(shapes, mesh))(key)

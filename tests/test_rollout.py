@@ -1,0 +1,226 @@
+"""A completion is what its problem, its sample number and the policy say, however it was computed."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pgrpo_jax import rollout, sharding, types
+from pgrpo_jax.config import Architecture, Compute, MeshConfig, RolloutConfig
+from pgrpo_jax.data import Prompt
+from pgrpo_jax.models import decoder, logprobs
+
+ARCH = Architecture(
+    vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, qk_norm=True
+)
+COMPUTE = Compute()
+STOPS, PAD = (3, 5), 0
+CFG = RolloutConfig(
+    prompts_per_step=4,
+    num_generations=4,
+    max_completion_length=37,
+    temperature=0.8,
+    prompt_buckets=(8, 12),
+)
+
+
+@functools.cache
+def mesh(devices: int, tensor: int = 1):
+    return sharding.make_mesh(MeshConfig(tensor=tensor), jax.devices()[:devices])
+
+
+@functools.cache
+def params():
+    params = decoder.init(ARCH, COMPUTE, jax.random.key(1))
+    params["embedding"] = 3 * params["embedding"]  # far from uniform, so that errors show in tokens
+    return params
+
+
+def engine(stop_ids=STOPS, mesh=mesh, **settings) -> rollout.Engine:
+    settings = {**vars(CFG), **settings}
+    return rollout.Engine(RolloutConfig(**settings), ARCH, COMPUTE, mesh(1), stop_ids, PAD)
+
+
+def prompt(name: str, length: int) -> Prompt:
+    tests = types.Tests(kind="assert", code=("assert True",))
+    ids = np.random.default_rng(length).integers(6, ARCH.vocab_size, length, dtype=np.int32)
+    return Prompt(types.Problem(name, name, tests), ids)
+
+
+PROMPTS = [prompt(name, length) for name, length in (("a", 5), ("b", 8), ("c", 1), ("d", 3))]
+
+
+@functools.cache
+def shared() -> rollout.Engine:
+    """One engine for the tests that need no setting of their own: it compiles once."""
+    return engine()
+
+
+def sampled(engine, prompts=PROMPTS, samples=4, seed=0, step=0, temperature=None, params_=None):
+    """Completions by (problem, sample)."""
+    completions = engine.generate(
+        params() if params_ is None else params_, prompts, samples, seed, step, temperature
+    )
+    return {(c.problem.id, c.sample): c for c in completions}
+
+
+def tokens(completions):
+    return {name: c.ids.tolist() for name, c in completions.items()}
+
+
+@functools.cache
+def reference():
+    return sampled(shared())
+
+
+def recomputed(completion, temperature):
+    """Log-probabilities of a completion by the full forward, without a cache, and its logits."""
+    ids_1T = np.concatenate([completion.prompt_ids, completion.ids])[None]
+    positions_1T = np.arange(ids_1T.shape[1], dtype=np.int32)[None]
+    x_1TD, _ = decoder.forward(
+        params(), ARCH, COMPUTE, ids_1T, positions_1T, np.ones_like(ids_1T), None
+    )
+    start = len(completion.prompt_ids)
+    x_1TD, w_DV = x_1TD[:, start - 1 : -1], decoder.unembedding(params(), ARCH)
+    logp_1T, _ = logprobs.logprobs(x_1TD, w_DV, completion.ids[None], temperature, 1024)
+    return np.asarray(logp_1T[0]), np.asarray(x_1TD[0] @ w_DV)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_completion_does_not_depend_on_how_many_are_decoded_together(rows):
+    assert tokens(sampled(engine(batch_size=rows), samples=1)) == {
+        name: ids for name, ids in tokens(reference()).items() if name[1] == 0
+    }
+
+
+def test_a_completion_does_not_depend_on_its_row_or_its_neighbours():
+    others = [prompt("e", 7), *PROMPTS[::-1]]
+    got = tokens(sampled(shared(), others))
+    assert {name: ids for name, ids in got.items() if name[0] != "e"} == tokens(reference())
+
+
+def test_a_completion_does_not_depend_on_the_bucket_its_prompt_is_padded_to():
+    got = tokens(sampled(shared(), [*PROMPTS[:3], prompt("long", 12)]))
+    wanted = tokens(reference())
+    assert all(ids == wanted[name] for name, ids in got.items() if name[0] in "abc")
+
+
+def test_eight_devices_sample_the_tokens_that_one_samples():
+    many = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = jax.device_put(params(), sharding.shardings(params(), many))
+    got = sampled(engine(mesh=lambda _: many), params_=split)
+    assert tokens(got) == tokens(reference())
+
+
+def test_samples_that_the_mesh_cannot_split_by_prompts_are_split_by_rows():
+    # 1 prompt on 4 devices is prefilled everywhere; its 4 rows are one a device.
+    got = sampled(engine(mesh=lambda _: mesh(4), batch_size=4), PROMPTS[:1])
+    assert tokens(got) == {name: ids for name, ids in tokens(reference()).items() if name[0] == "a"}
+
+
+def test_log_probabilities_are_those_of_the_full_forward_at_the_sampling_temperature():
+    for completion in reference().values():
+        logp_T, _ = recomputed(completion, CFG.temperature)
+        np.testing.assert_allclose(completion.logps, logp_T, atol=1e-5)
+        assert completion.logps.dtype == np.float32
+
+
+def test_greedy_takes_the_likeliest_token_and_the_log_probability_of_temperature_1():
+    for completion in sampled(shared(), samples=1, temperature=0.0).values():
+        logp_T, logits_TV = recomputed(completion, 1.0)
+        assert completion.ids.tolist() == logits_TV.argmax(-1).tolist()
+        np.testing.assert_allclose(completion.logps, logp_T, atol=1e-5)
+
+
+def test_top_k_of_1_is_greedy():
+    greedy = tokens(sampled(shared(), samples=1, temperature=0.0))
+    assert tokens(sampled(engine(top_k=1), samples=1)) == greedy
+
+
+def test_every_completion_ends_at_its_first_stop_token_or_at_the_limit():
+    ends = set()
+    for completion in reference().values():
+        *before, last = completion.ids.tolist()
+        assert not set(before) & set(STOPS)
+        assert completion.truncated == (last not in STOPS)
+        if completion.truncated:
+            assert len(completion.ids) == CFG.max_completion_length
+        ends.add(last if not completion.truncated else "limit")
+        assert len(completion.ids) == len(completion.logps)
+    assert ends == {*STOPS, "limit"}  # the sample shows all three
+
+
+def test_a_stop_token_at_the_first_place_counts():
+    completions = sampled(engine(stop_ids=tuple(range(ARCH.vocab_size)))).values()
+    assert all(len(c.ids) == 1 and not c.truncated for c in completions)
+
+
+def test_without_a_stop_token_everything_is_truncated():
+    completions = sampled(engine(stop_ids=())).values()
+    assert all(len(c.ids) == 37 and c.truncated for c in completions)
+
+
+def test_a_completion_is_handed_out_while_others_are_still_written():
+    chunks, rows = [], []
+    for c in shared().generate(params(), PROMPTS, 4, 0, 0):
+        chunks.append((len(c.ids) - 1) // rollout.CHUNK)
+        rows.append((c.group, c.sample))
+    assert chunks == sorted(chunks) and len(set(chunks)) > 1
+    assert rows != sorted(rows) and len(set(rows)) == 16
+
+
+def test_seed_step_and_sample_each_change_the_draw_and_nothing_else_does():
+    again, other_seed, other_step = (
+        tokens(sampled(shared(), seed=seed, step=step)) for seed, step in ((0, 0), (1, 0), (0, 1))
+    )
+    assert again == tokens(reference())
+    assert other_seed != again and other_step != again and other_step != other_seed
+    assert again["b", 0] != again["b", 1]
+
+
+def test_a_problem_that_comes_twice_gets_further_samples():
+    twice = shared().generate(params(), [PROMPTS[0], PROMPTS[0]], 2, 0, 0)
+    got = {2 * c.group + c.sample: c.ids.tolist() for c in twice}
+    assert got == {i: tokens(reference())["a", i] for i in range(4)}
+
+
+def test_a_prompt_is_prefilled_once_for_all_of_its_samples(monkeypatch):
+    shapes = []
+    forward = decoder.forward
+
+    def spy(params, arch, compute, ids_BT, *rest):
+        shapes.append(ids_BT.shape)
+        return forward(params, arch, compute, ids_BT, *rest)
+
+    monkeypatch.setattr(decoder, "forward", spy)
+    sampled(engine())
+    assert set(shapes) == {(4, 8), (16, 1)}
+
+
+def test_nothing_is_compiled_once_each_bucket_was_met():
+    warm = [prompt("w", 12), *PROMPTS[:2]]
+    for prompts in (warm, PROMPTS):
+        sampled(shared(), prompts)
+    compiled = []
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1)(np.ones(3)).block_until_ready()
+        assert compiled.pop() and not compiled  # the listener hears
+        for n, temperature in ((1, 0.0), (2, 1.0), (4, 0.3)):
+            sampled(shared(), PROMPTS[:n], temperature=temperature)
+            sampled(shared(), [prompt("x", 12 - n)], seed=n, step=n)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+@pytest.mark.parametrize("length", [0, 13])
+def test_a_prompt_that_fits_no_bucket_is_refused(length):
+    with pytest.raises(ValueError, match=rf"problem 'z' has {length} tokens, wanted 1 to 12"):
+        next(shared().generate(params(), [prompt("z", length)], 1, 0, 0))

@@ -1,0 +1,116 @@
+"""From logits to tokens: who is drawn, how often, and with which log-probability."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pgrpo_jax import sampling
+
+
+def keys(count: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(count))
+
+
+def kept(logits_BV) -> list[list[int]]:
+    return [list(np.flatnonzero(np.isfinite(row))) for row in np.asarray(logits_BV)]
+
+
+def test_a_share_picks_the_token_whose_part_of_the_total_it_falls_in():
+    # Of a total of 4, token 0 has [0, 1), token 1 nothing, token 2 [1, 3), token 3 [3, 4).
+    u_B = jnp.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9999])
+    weights_BV = jnp.tile(jnp.array([[1.0, 0.0, 2.0, 1.0]]), (6, 1))
+    assert sampling.pick(u_B, weights_BV).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 255, 256, 257])
+def test_even_shares_pick_each_token_as_often_as_its_weight_says(vocabulary):
+    weights_V = np.random.default_rng(vocabulary).exponential(size=vocabulary).astype(np.float32)
+    shares = 4096
+    u_B = (jnp.arange(shares) + 0.5) / shares
+    ids_B = sampling.pick(u_B, jnp.tile(jnp.array(weights_V)[None], (shares, 1)))
+    counts = np.bincount(ids_B, minlength=vocabulary)
+    # An interval of length w holds w * shares of evenly spaced points, give or take one at either end.
+    assert np.abs(counts - shares * weights_V / weights_V.sum()).max() < 1.1
+
+
+def test_a_token_without_weight_is_never_picked():
+    rng = np.random.default_rng(0)
+    weights_BV = (rng.random((2000, 300)) * (rng.random((2000, 300)) < 0.02)).astype(np.float32)
+    weights_BV[:, 150] = 1e-6
+    edges = [0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))]
+    for u in edges:
+        ids_B = sampling.pick(jnp.full(2000, u, jnp.float32), jnp.array(weights_BV))
+        assert (weights_BV[np.arange(2000), ids_B] > 0).all()
+
+
+def test_top_k_keeps_the_largest_and_what_ties_with_the_last_of_them():
+    logits_BV = jnp.array([[1.0, 3.0, 2.0, 0.0], [1.0, 2.0, 2.0, 2.0]])
+    assert kept(sampling.keep_top_k(logits_BV, 2)) == [[1, 2], [1, 2, 3]]
+    assert kept(sampling.keep_top_k(logits_BV, 9)) == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("p", "tokens"),
+    [(1e-6, [2]), (0.45, [2]), (0.55, [1, 2]), (0.79, [1, 2]), (0.96, [0, 1, 2, 3])],
+)
+def test_top_p_keeps_the_fewest_tokens_whose_mass_reaches_p(p, tokens):
+    # In order the masses are 0.5, 0.3, 0.15, 0.05 and the running sums 0.5, 0.8, 0.95, 1.
+    logits_BV = jnp.log(jnp.array([[0.15, 0.3, 0.5, 0.05]]))
+    assert kept(sampling.keep_top_p(logits_BV, p)) == [tokens]
+
+
+def test_truncation_agrees_with_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as oracle
+
+    logits_BV = 3 * np.random.default_rng(0).standard_normal((64, 100)).astype(np.float32)
+    wanted = oracle.TopKLogitsWarper(20)(None, torch.tensor(logits_BV))
+    wanted = oracle.TopPLogitsWarper(0.8)(None, wanted)
+    got = sampling.truncation(20, 0.8)(jnp.array(logits_BV))
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_draws_are_as_frequent_as_the_tempered_softmax_says():
+    # Temperature 0.5 squares: 4/8, 2/8, 2/8 become 16, 4, 4 of 24.
+    rows = 6000
+    logits_BV = jnp.tile(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), (rows, 1))
+    ids_B, logp_B = sampling.draw(
+        keys(rows), jnp.zeros(rows, jnp.int32), logits_BV, jnp.float32(0.5), lambda y: y
+    )
+    p = np.array([16, 4, 4]) / 24
+    frequency = np.bincount(ids_B, minlength=3) / rows
+    assert (np.abs(frequency - p) < 4 * np.sqrt(p * (1 - p) / rows)).all()
+    np.testing.assert_allclose(logp_B, np.log(p)[np.asarray(ids_B)], rtol=1e-6)
+
+
+def test_each_place_in_a_row_has_a_draw_of_its_own():
+    rows = 2000
+    logits_BV = jnp.zeros((rows, 2))
+    one = functools.partial(sampling.draw, logits_BV=logits_BV, truncate=lambda y: y)
+    first, second = (
+        np.asarray(one(keys(rows), jnp.full(rows, i), temperature=jnp.float32(1))[0])
+        for i in (0, 1)
+    )
+    # Two fair coins agree half of the time: 1000 of 2000, standard deviation 22.
+    assert abs((first == second).sum() - 1000) < 90
+
+
+def test_truncation_narrows_the_draw_and_leaves_the_log_probability():
+    logits_BV = jnp.tile(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), (50, 1))
+    index_B = jnp.zeros(50, jnp.int32)
+    ids_B, logp_B = sampling.draw(
+        keys(50), index_B, logits_BV, jnp.float32(1), sampling.truncation(1, 1.0)
+    )
+    assert set(ids_B.tolist()) == {0}
+    np.testing.assert_allclose(logp_B, np.log(0.5), rtol=1e-6)
+
+
+def test_temperature_0_takes_the_first_of_the_likeliest_with_the_log_probability_of_temperature_1():
+    logits_BV = jnp.log(jnp.array([[0.2, 0.4, 0.4], [0.5, 0.25, 0.25]]))
+    index_B = jnp.zeros(2, jnp.int32)
+    ids_B, logp_B = sampling.draw(keys(2), index_B, logits_BV, jnp.float32(0), lambda y: y)
+    assert ids_B.tolist() == [1, 0]
+    np.testing.assert_allclose(logp_B, np.log([0.4, 0.5]), rtol=1e-6)
