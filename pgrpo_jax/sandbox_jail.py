@@ -148,41 +148,50 @@ class SystemCalls:
                 f"no table of system calls for {machine}; there is one for {list(_AUDIT)}"
             )
         self._audit, self._column = _AUDIT[machine]
-        self._code = self._assemble()
+        code = b"".join(self._assemble())
+        self._own_pids = [i + 4 for i in range(0, len(code), 8) if code[i : i + 8] == _OWN_PID]
+        self._buffer = ctypes.create_string_buffer(code, len(code))
+        program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self._buffer))
+        self._program = ctypes.create_string_buffer(program, len(program))
 
     def install(self) -> None:
         """Needs no_new_privs. Signals go to the own process only: its number is compiled in."""
-        code = b"".join(self._code).replace(
-            _OWN_PID, struct.pack("HBBI", _EQUAL, 1, 0, os.getpid())
-        )
-        buffer = ctypes.create_string_buffer(code, len(code))
-        program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(buffer))
-        holder = ctypes.create_string_buffer(program, len(program))
-        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(holder))
+        pid = os.getpid()
+        for place in self._own_pids:
+            struct.pack_into("I", self._buffer, place, pid)
+        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self._program))
 
     def _assemble(self) -> list[bytes]:
-        code = [_load(4), _jump(_EQUAL, self._audit, 1, 0), _give(_KILL), _load(0)]
-        if self._column == 0:  # the x32 table
-            code += [_jump(_AT_LEAST, 0x40000000, 0, 1), _give(_ERRNO | _ENOSYS)]
-        for numbers in _CALLS.values():
-            code += self._when(numbers, [_give(_ALLOW)])
-        for numbers in _IGNORED.values():
-            code += self._when(numbers, [_give(_ERRNO)])
-        code += self._when(_CLONE3, [_give(_ERRNO | _ENOSYS)])  # C libraries then use clone
-        threads = [_load(16), _jump(_ANY_BIT, _CLONE_THREAD, 0, 1), _give(_ALLOW)]
-        code += self._when(_CLONE, [*threads, _give(_ERRNO | _EPERM)])
+        """A search tree over the numbers: the kernel runs the whole filter once for each of them."""
+        allow, refuse = _give(_ALLOW), _give(_ERRNO | _EPERM)
+        actions = {numbers[self._column]: [allow] for numbers in _CALLS.values()}
+        actions |= {numbers[self._column]: [_give(_ERRNO)] for numbers in _IGNORED.values()}
+        actions[_CLONE3[self._column]] = [_give(_ERRNO | _ENOSYS)]  # C libraries then use clone
+        thread = _jump(_ANY_BIT, _CLONE_THREAD, 0, 1)
+        actions[_CLONE[self._column]] = [_load(16), thread, allow, refuse]
         for numbers in _SIGNALS:
-            refuse, allow = _give(_ERRNO | _EPERM), _give(_ALLOW)
-            code += self._when(numbers, [_load(16), _OWN_PID, refuse, allow])
-        own = [_load(16), _jump(_EQUAL, 0, 0, 1), _give(_ALLOW), _give(_ERRNO | _EPERM)]
-        code += self._when(_PRLIMIT, own)
-        options = [b for o in _HARMLESS_PRCTL for b in (_jump(_EQUAL, o, 0, 1), _give(_ALLOW))]
-        code += self._when(_PRCTL, [_load(16), *options, _give(_ERRNO | _EPERM)])
-        return [*code, _give(_ERRNO | _EPERM)]
+            actions[numbers[self._column]] = [_load(16), _OWN_PID, refuse, allow]
+        actions[_PRLIMIT[self._column]] = [_load(16), _jump(_EQUAL, 0, 0, 1), allow, refuse]
+        options = [b for o in _HARMLESS_PRCTL for b in (_jump(_EQUAL, o, 0, 1), allow)]
+        actions[_PRCTL[self._column]] = [_load(16), *options, refuse]
+        known = {number: then for number, then in actions.items() if number is not None}
+        numbers = sorted({0, *known, *(number + 1 for number in known)})
+        pieces: list[tuple[int, list[bytes]]] = []
+        for number in numbers:  # neighbours of equal action become one
+            action = known.get(number, [refuse])
+            if not pieces or pieces[-1][1] != action:
+                pieces.append((number, action))
+        head = [_load(4), _jump(_EQUAL, self._audit, 1, 0), _give(_KILL), _load(0)]
+        return [*head, *_tree(pieces)]
 
-    def _when(self, numbers: tuple[int | None, int | None], then: list[bytes]) -> list[bytes]:
-        number = numbers[self._column]
-        return [] if number is None else [_jump(_EQUAL, number, 0, len(then)), *then]
+
+def _tree(pieces: list[tuple[int, list[bytes]]]) -> list[bytes]:
+    """Code that does the action of the last piece that begins at or below the loaded number."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    middle = len(pieces) // 2
+    below, above = _tree(pieces[:middle]), _tree(pieces[middle:])
+    return [_jump(_AT_LEAST, pieces[middle][0], len(below), 0), *below, *above]
 
 
 _OWN_PID = struct.pack("HBBI", _EQUAL, 1, 0, 0xFFFFFFFF)

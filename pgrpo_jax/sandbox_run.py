@@ -56,27 +56,26 @@ def install_builtins() -> None:
 
 def run(role: int) -> None:
     """Plays a role with the descriptors that lie at their places. Never returns."""
-    roles = {sandbox_wire.SCRIPT: _script, sandbox_wire.CALLS: _calls, sandbox_wire.PROGRAM: _serve}
-    roles[role](begin())
+    job = read_job()
+    if role == sandbox_wire.SCRIPT:
+        _script(job.decode("utf-8", "surrogatepass"))
+    elif role == sandbox_wire.CALLS:
+        _calls(sandbox_wire.loads(job))
+    else:
+        _serve(sandbox_wire.loads(job))
 
 
-def begin() -> dict[str, Any]:
-    """The job, and streams to run it with."""
-    job = sandbox_wire.loads(_read(JOB))
+def read_job() -> bytes:
+    """What the judge wrote for this run. By position: the runs of a program share the description."""
+    size = os.fstat(JOB).st_size
+    data = b""
+    while len(data) < size:
+        data += os.pread(JOB, size - len(data), len(data))
     os.close(JOB)
-    _open_streams()
-    return job
+    return data
 
 
-def _read(descriptor: int) -> bytes:
-    size = os.fstat(descriptor).st_size
-    data = bytearray()
-    while len(data) < size:  # by position: runs share the description
-        data += os.pread(descriptor, size - len(data), len(data))
-    return bytes(data)
-
-
-def _open_streams() -> None:
+def open_streams() -> None:
     """sys.stdin, stdout and stderr as a new interpreter makes them."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         raw = io.FileIO(descriptor, mode, closefd=False)
@@ -90,9 +89,7 @@ def _open_streams() -> None:
 
 
 def module(name: str) -> types.ModuleType:
-    """An empty module in `sys.modules`, and out of it what is the sandbox's own."""
-    for own in [key for key in sys.modules if key.split(".")[0] == "pgrpo_jax"]:
-        del sys.modules[own]
+    """An empty module in `sys.modules`, for a program of a file."""
     made = types.ModuleType(name)
     made.__dict__.update(__builtins__=builtins, __file__=FILE, __annotations__={})
     sys.modules[name] = made
@@ -111,9 +108,9 @@ def _depth() -> int:
 # --- a script
 
 
-def _script(job: dict[str, Any]) -> None:
+def _script(source: str) -> None:
     main = module("__main__")
-    _leave(_execute(job["program"], main), main)
+    _leave(_execute(source, main), main)
 
 
 def _execute(source: str, main: types.ModuleType) -> int:

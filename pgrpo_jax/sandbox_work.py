@@ -104,7 +104,7 @@ def _stopped(run: sandbox_slot.Run) -> tuple[str, str] | None:
 def _scripts(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     tally, limits = Tally(len(job["inputs"])), _limits(job)
     equal = compare.TEXT[job["compare"]]
-    file = sandbox_slot.sealed_file(sandbox_wire.dumps({"program": job["program"]}))
+    file = sandbox_slot.sealed_file(job["program"].encode("utf-8", "surrogatepass"))
     try:
         for text, want in zip(job["inputs"], job["outputs"], strict=True):
             stdin = text.encode("utf-8", "surrogatepass")

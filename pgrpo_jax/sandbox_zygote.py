@@ -22,6 +22,8 @@ import gc
 import importlib
 import json
 import os
+import posix
+import random
 import select
 import signal
 import socket
@@ -35,14 +37,11 @@ LAST_WORD = (
 )
 THREAD_STACK_MB = 16
 
-# Loaded before the first fork: an import that a program does not have to do again.
+# Loaded before the first fork, so that programs need not. More of them would slow each fork down.
 _MODULES = """
-abc argparse array ast atexit base64 bisect calendar cmath codecs collections collections.abc
-contextlib copy csv ctypes dataclasses datetime decimal difflib enum fractions functools gc
-hashlib heapq inspect io itertools json keyword linecache locale math numbers operator os os.path
-pathlib pickle platform pprint queue random re secrets shutil signal socket statistics string
-struct sys tempfile textwrap threading time timeit tokenize traceback types typing unicodedata
-unittest unittest.mock uuid warnings weakref zlib
+array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq io
+itertools json math numbers operator os queue random re statistics string struct sys textwrap threading time
+traceback types typing
 """.split()  # noqa: SIM905
 
 
@@ -73,7 +72,11 @@ def _prepare(settings: dict) -> str:
     sys.path[:] = [p for p in sys.path if p not in settings["hidden"]] + settings["packages"]
     for name in _MODULES + settings["preload"]:
         importlib.import_module(name)
+    os.register_at_fork = posix.register_at_fork  # see sandbox_slot
+    _hide_the_sandbox()
     sandbox_run.install_builtins()
+    _make_streams()
+    random.seed(0)  # what a program draws is the same in every run, as its hashes are
     os.chdir(scratch)
     said = tier
     if tier == "landlock":
@@ -84,6 +87,26 @@ def _prepare(settings: dict) -> str:
     gc.collect()
     gc.freeze()
     return said
+
+
+def _hide_the_sandbox() -> None:
+    """A program imports what any interpreter has. Done here: every page that a child writes to costs it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pgrpo_jax"]:
+        del sys.modules[name]
+
+
+def _make_streams() -> None:
+    """sys.stdin and the like for the children, on descriptors of the kind that they will have."""
+    kept = [os.dup(descriptor) for descriptor in range(3)]
+    pipe = os.pipe()
+    for descriptor, like in enumerate((os.memfd_create(""), pipe[1], pipe[1])):
+        os.dup2(like, descriptor)
+    sandbox_run.open_streams()
+    for descriptor, before in enumerate(kept):
+        os.dup2(before, descriptor)
+        os.close(before)
+    for descriptor in pipe:
+        os.close(descriptor)
 
 
 def _stay_outside_while_it_lives() -> None:
