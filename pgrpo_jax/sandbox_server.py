@@ -150,7 +150,8 @@ class _Server:
 
     def _hand_out(self) -> None:
         for slot in self._slots:
-            if self._waiting and slot.ready and slot.work is None:
+            # Some programs are judged at once, an empty one for example: then the slot takes the next.
+            while self._waiting and slot.ready and slot.work is None:
                 job = self._waiting.popleft()
                 self._running[slot] = job
                 slot.work = self._serve(slot, job)
