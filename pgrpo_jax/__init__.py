@@ -10,7 +10,8 @@ Axes stand in names, capitals after the last underscore, in memory order (`logp_
 
 import pathlib
 
-# A checkout keeps `models/`, `kernels/` and `configs/` beside this folder; a wheel keeps them inside it.
+# A checkout keeps `models/`, `kernels/` and `configs/` beside this folder; a wheel keeps them
+# inside it.
 _root = pathlib.Path(__file__).resolve().parent.parent
 if (_root / "setup.cfg").is_file():
     __path__.append(str(_root))

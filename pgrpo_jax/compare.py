@@ -21,7 +21,8 @@ _LONGEST_DECIMAL = 400  # bytes; a longer token is text
 
 
 def lines(want: str, got: bytes) -> str:
-    """Same lines, in each the same tokens in order; carriage returns and trailing blanks do not count."""
+    """Same lines, in each the same tokens in order; carriage returns and trailing blanks do not
+    count."""
     want_lines, got_lines = _lines(_bytes(want)), _lines(got)
     for number, (wanted, came) in enumerate(zip(want_lines, got_lines, strict=False), 1):
         if not _same_tokens(wanted, came):
@@ -81,7 +82,8 @@ def _same_tokens(wanted: bytes, came: bytes) -> bool:
 
 
 def _same_token(wanted: bytes, came: bytes) -> bool:
-    """Equal text; or numbers: a wanted integer is met exactly, a wanted decimal within TOLERANCE."""
+    """Equal text; or numbers: a wanted integer is met exactly, a wanted decimal within
+    TOLERANCE."""
     if wanted == came:
         return True
     if max(len(wanted), len(came)) > _LONGEST_DECIMAL or not _DECIMAL.fullmatch(came):
@@ -107,7 +109,8 @@ def _close(want: float, got: float) -> bool:
 
 
 def values(want: Any, got: Any) -> str:
-    """Equal plain values: tuples equal lists, 2.0 equals 2, floats within TOLERANCE; sets equal sets only."""
+    """Equal plain values: tuples equal lists, 2.0 equals 2, floats within TOLERANCE; sets equal
+    sets only."""
     return _difference(want, got, _alike)
 
 

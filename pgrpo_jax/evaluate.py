@@ -2,8 +2,8 @@
 
     python -m pgrpo_jax.evaluate --config tiny
 
-Evaluates the newest policy of the run's folder (`policy/`, else `sft/`, else where the run starts) and
-prints what it finds.
+Evaluates the newest policy of the run's folder (`policy/`, else `sft/`, else where the run starts)
+and prints what it finds.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def evaluate(
     words: tokenizer.Tokenizer,
     judge: sandbox.Judge,
 ) -> tuple[dict[str, float], list[Judged]]:
-    """Metrics eval/*, and the sampled completions. Samples depend on the seed alone, so that policies are
-    compared on the same random numbers.
+    """Metrics eval/*, and the sampled completions. Samples depend on the seed alone, so that
+    policies are compared on the same random numbers.
     """
     seed, settings = rng.integer(cfg.seed, "evaluation"), cfg.evaluation
     sampled = sample(

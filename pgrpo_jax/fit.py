@@ -1,4 +1,5 @@
-"""The loop of the supervised stages: it resumes, shows its progress, and leaves its output whole or not at all."""
+"""The loop of the supervised stages: it resumes, shows its progress, and leaves its output whole or
+not at all."""
 
 import os
 import pathlib
@@ -26,7 +27,8 @@ class Interrupted(SystemExit):
         self.stage, self.step, self.steps = stage, step, steps
 
     def __str__(self) -> str:
-        return f"{self.stage} stopped at step {self.step} of {self.steps}; the same command continues from there"
+        where = f"{self.stage} stopped at step {self.step} of {self.steps}"
+        return f"{where}; the same command continues from there"
 
 
 def abstract(state: TrainState) -> TrainState:
@@ -110,7 +112,8 @@ def count_tokens(batch: Any) -> int:
 
 
 def publish(folder: pathlib.Path, words: Tokenizer, save: Callable[[str], None]) -> None:
-    """Lets every process `save` into a folder aside, which then takes the place of `folder`, checkpoints and all."""
+    """Lets every process `save` into a folder aside, which then takes the place of `folder`,
+    checkpoints and all."""
     aside, primary = folder.with_name(folder.name + ".new"), jax.process_index() == 0
     if primary:
         shutil.rmtree(aside, ignore_errors=True)

@@ -184,7 +184,7 @@ class Loop:
         ]
         return {
             **{name: float(value) for name, value in values.items()},
-            **scored.metrics,
+            **scored.values,
             **evaluate.oracle(judged),
             **length_metrics(scored.completions),
             **seconds,
@@ -208,8 +208,8 @@ def length_metrics(completions: Sequence[types.Completion]) -> dict[str, float]:
 
 
 def update_batch(cfg: config.Config, pad_id: int, scored: rewards.Scored) -> update.UpdateBatch:
-    """Token rows, prompt and completion side by side, padded on the right to a length that depends on the
-    prompts' bucket alone; the G completions of a prompt in consecutive rows.
+    """Token rows, prompt and completion side by side, padded on the right to a length that depends
+    on the prompts' bucket alone; the G completions of a prompt in consecutive rows.
     """
     completions = scored.completions
     longest = max(len(c.prompt_ids) for c in completions)

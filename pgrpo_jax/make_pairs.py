@@ -1,9 +1,10 @@
-"""OD preference pairs: reasonings optimised and degraded along accuracy, rigor and coherence (arXiv 2508.05170, section 3.1).
+"""OD preference pairs: reasonings optimised and degraded along accuracy, rigor and coherence (arXiv
+2508.05170, section 3.1).
 
     python -m pgrpo_jax.make_pairs --config tiny
 
-Leaves `pairs.jsonl` in the run's folder, rows that TRL's RewardTrainer reads too, and is skipped when
-that is there. The built-in world optimises and degrades by rule.
+Leaves `pairs.jsonl` in the run's folder, rows that TRL's RewardTrainer reads too, and is skipped
+when that is there. The built-in world optimises and degrades by rule.
 """
 
 import collections
@@ -25,7 +26,8 @@ def run(cfg: config.Config) -> None:
     config.require(
         cfg.data.train == "world",
         f"make_pairs knows how to degrade reasonings of the built-in world only, and data.train is "
-        f"{cfg.data.train!r}: name a file of pairs in reward_training.data and set pairs.problems to 0",
+        f"{cfg.data.train!r}: name a file of pairs in reward_training.data and set "
+        "pairs.problems to 0",
     )
     pool = start.problems(cfg, "train")[: cfg.pairs.problems]
     rows = list(world.pair_rows(pool, cfg.pairs.dimensions, cfg.seed))

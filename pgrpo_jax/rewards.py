@@ -1,7 +1,8 @@
 """The three rewards of a completion: format, outcome, and thinking (arXiv 2508.05170, section 3.2).
 
-Programs are judged while other completions still decode. The reward model then reads (problem, reasoning)
-of the passing completions, never the program; the jitted update folds the terms into the gated reward.
+Programs are judged while other completions still decode. The reward model then reads (problem,
+reasoning) of the passing completions, never the program; the jitted update folds the terms into the
+gated reward.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -24,12 +25,13 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def user_functions(names: Sequence[str]) -> list[RewardFunction]:
-    """The functions named as "module:function", with TRL's signature f(prompts, completions, **columns).
+    """The functions named as "module:function", with TRL's signature f(prompts, completions,
+    **columns).
 
     Raises:
       ValueError: a name is not of that form, or there is no such module or function.
     """
-    found = []
+    found: list[RewardFunction] = []
     for name in names:
         module, colon, function = name.partition(":")
         config.require(bool(colon), f"rewards.functions wants 'module:function', got {name!r}")
@@ -41,7 +43,7 @@ def user_functions(names: Sequence[str]) -> list[RewardFunction]:
             callable(value),
             f"rewards.functions names {name!r}: {module} has no function {function!r}",
         )
-        found.append(value)
+        found.append(cast(RewardFunction, value))
     return found
 
 
@@ -99,8 +101,8 @@ class ThinkingScorer:
 class Scored:
     """A step's completions, by group and sample, with all that was found out about them.
 
-    `r_thinking_B` is 0 where the gate does not read it and NaN nowhere; `scored_B` says where the reward
-    model was asked, shadow scores included. `valid_B` is False where the judge failed.
+    `r_thinking_B` is 0 where the gate does not read it and NaN nowhere; `scored_B` says where the
+    reward model was asked, shadow scores included. `valid_B` is False where the judge failed.
     """
 
     completions: tuple[types.Completion, ...]
@@ -114,7 +116,7 @@ class Scored:
     valid_B: np.ndarray
     scored_B: np.ndarray
     thinking_B: np.ndarray  # what the reward model said, shadow scores included
-    metrics: dict[str, float]
+    values: dict[str, float]
 
     def rows(self, advantage_B: np.ndarray) -> list[metrics.CompletionRow]:
         """What completions.jsonl keeps."""
@@ -142,7 +144,8 @@ class Scored:
 
 
 class Rewards:
-    """Gathers one step's completions: `add` each as it streams in, `wait` for the judge, `finish`."""
+    """Gathers one step's completions: `add` each as it streams in, `wait` for the judge,
+    `finish`."""
 
     def __init__(
         self,
@@ -175,7 +178,8 @@ class Rewards:
           ValueError: a user's function returned another number of rewards than completions.
         """
         rows = sorted(self._rows, key=lambda row: (row[0].group, row[0].sample))
-        completions, texts, parsed = ([row[i] for row in rows] for i in range(3))
+        completions = [completion for completion, *_ in rows]
+        texts, parsed = [text for _, text, *_ in rows], [parsed for _, _, parsed, _ in rows]
         results = [verdict.result() for *_, verdict in rows]
         valid_B = np.array([result.verdict != "infra" for result in results])
         passed_B = np.array([result.verdict == "pass" for result in results])
@@ -198,11 +202,12 @@ class Rewards:
             valid_B=valid_B,
             scored_B=asked_B,
             thinking_B=thinking_B,
-            metrics=reward_metrics(results, parsed, format_B, passed_B, asked_B, thinking_B),
+            values=reward_metrics(results, parsed, format_B, passed_B, asked_B, thinking_B),
         )
 
     def _asked(self, completions, parsed, passed_B: np.ndarray) -> np.ndarray:
-        """Which completions the reward model reads: what the gate wants, and a share of the rest."""
+        """Which completions the reward model reads: what the gate wants, and a share of the
+        rest."""
         some_B = np.array([bool(p.reasoning.strip()) for p in parsed])
         if self._cfg.update.gate in READS_ALL:
             return some_B
@@ -240,7 +245,8 @@ def reward_metrics(
     asked_B: np.ndarray,
     thinking_B: np.ndarray,
 ) -> dict[str, float]:
-    """Shares of verdicts, and the terms on passing and failing completions; no entry for an empty set."""
+    """Shares of verdicts, and the terms on passing and failing completions; no entry for an empty
+    set."""
     verdicts = Counter(result.verdict for result in results)
     values = {f"judge/{name}": count / len(results) for name, count in sorted(verdicts.items())}
     values["judge/cpu_s"] = float(sum(result.cpu_s for result in results))

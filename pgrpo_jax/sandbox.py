@@ -30,8 +30,8 @@ CLOSE_S = 10.0
 class Judge:
     """Runs programs against tests in jailed processes; see `types.Tests` for the kinds of tests.
 
-    One that has a judge must close it or use it as a context manager; should this process be killed,
-    the judge ends itself and all that it started. A broken judge answers "infra".
+    One that has a judge must close it or use it as a context manager; should this process be
+    killed, the judge ends itself and all that it started. A broken judge answers "infra".
     """
 
     def __init__(self, cfg: config.JudgeConfig):
@@ -49,14 +49,16 @@ class Judge:
             self.close()
             reason = said.get("refused", "its process ended at once")
             raise RuntimeError(
-                f"the judge has no way to hold programs on this machine, so it will run none: {reason}"
+                "the judge has no way to hold programs on this machine, so it will run none: "
+                f"{reason}"
             )
         self.tier: str = said["tier"]
         self._reader = threading.Thread(target=self._read, name="judge", daemon=True)
         self._reader.start()
 
     def submit(self, program: str, tests: types.Tests) -> concurrent.futures.Future[types.Result]:
-        """Queues a program. The future is never cancelled and never raises: failures are "infra"."""
+        """Queues a program. The future is never cancelled and never raises: failures are
+        "infra"."""
         future: concurrent.futures.Future[types.Result] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
         body = self._body(program, tests)

@@ -3,7 +3,7 @@
     limit()       resource limits of one program
     SystemCalls   seccomp filter: an allow list; what would make processes, sockets or reach other
                   processes answers EPERM (seccomp(2), by prctl)
-    landlock()    only the interpreter's files can be read, only the scratch folder written (landlock(7))
+    landlock()    only the interpreter's files can be read, only scratch written (landlock(7))
     enter()       namespaces with their own root, processes and (no) network; must fork afterwards
 
 Part of the sandbox: standard library only, called through ctypes, on x86-64 and aarch64.
@@ -162,7 +162,8 @@ class SystemCalls:
         prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self._program))
 
     def _assemble(self) -> list[bytes]:
-        """A search tree over the numbers: the kernel runs the whole filter once for each of them."""
+        """A search tree over the numbers: the kernel runs the whole filter once for each of
+        them."""
         allow, refuse = _give(_ALLOW), _give(_ERRNO | _EPERM)
         actions = {numbers[self._column]: [allow] for numbers in _CALLS.values()}
         actions |= {numbers[self._column]: [_give(_ERRNO)] for numbers in _IGNORED.values()}
@@ -235,7 +236,8 @@ _FS_ALL = ((1 << 13) - 1, (1 << 14) - 1, (1 << 15) - 1, (1 << 15) - 1, (1 << 16)
 
 
 def landlock(readable: list[str], scratch: str) -> int:
-    """Restricts the calling process for good. Returns the kernel's version of Landlock, OSError without."""
+    """Restricts the calling process for good. Returns the kernel's version of Landlock, OSError
+    without."""
     version = _checked("landlock", _libc.syscall(_RULESET_CREATE, None, 0, 1))
     handled = _FS_ALL[min(version, 5) - 1]
     network, scoped = (3 if version >= 4 else 0), (3 if version >= 6 else 0)
@@ -304,7 +306,8 @@ def enter() -> bool:
 
 
 def build_root(readable: list[str], scratch_mb: int) -> None:
-    """Gives the calling process a root of its own: the interpreter read-only, an empty /tmp, few devices."""
+    """Gives the calling process a root of its own: the interpreter read-only, an empty /tmp, few
+    devices."""
     root = "/tmp"
     sources = [(path, os.open(path, os.O_PATH)) for path in (*readable, *DEVICES)]
     _mount("", "/", "", _RECURSIVE | _PRIVATE)
@@ -339,7 +342,8 @@ def become_nobody() -> None:
 
 
 def _mount_proc(target: str) -> None:
-    """Only the own process is to be seen in it. Containers that mask /proc refuse: then there is none."""
+    """Only the own process is to be seen in it. Containers that mask /proc refuse: then there is
+    none."""
     for options in ("hidepid=2,subset=pid", "hidepid=2"):
         try:
             return _mount("proc", target, "proc", _NOSUID | _NODEV | _NOEXEC, options)
@@ -354,7 +358,8 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 
 def _bind(descriptor: int, path: str, root: str) -> None:
-    """The path behind a descriptor at the same place under `root`; links on the way are made again."""
+    """The path behind a descriptor at the same place under `root`; links on the way are made
+    again."""
     place, source = root + path, f"/proc/self/fd/{descriptor}"
     real = os.readlink(source)
     if os.path.isdir(source):

@@ -3,7 +3,7 @@
 What is plain travels by value; what is not stays where it is and is stood for by a `Foreign` with a
 handle. The tests' side is guarded: the program must neither decide a comparison nor look around.
 
-* Comparing a foreign object is never asked of the program: it equals only itself. Its operators work
+* Comparing a foreign object is not asked of the program: it equals only itself. Its operators work
   only if the tests speak of its class by name, and so do methods that plain values have as well
   (`f(x).startswith("a")` must not be answered by an impostor of a text).
 * The program may call what the tests gave it and read public attributes of their objects. It sees
@@ -382,7 +382,8 @@ def _known_error(kind: type) -> bool:
 
 
 def _has_methods(kind: type) -> bool:
-    """Does a subclass of a plain type add behaviour, so that its objects are more than their value?"""
+    """Does a subclass of a plain type add behaviour, so that its objects are more than their
+    value?"""
     if kind.__module__ == "numpy" or hasattr(kind, "_fields"):
         return False
     bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "enum")]

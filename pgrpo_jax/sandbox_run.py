@@ -23,7 +23,8 @@ FILE = "program.py"
 
 # What LeetCode, and LiveCodeBench's runner after it, give a `class Solution`.
 PRELUDE = """
-import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator, random, re
+import bisect, collections, copy, datetime, functools, heapq, itertools, json, math, operator
+import random, re
 import statistics, string, sys, time, typing
 from string import *
 from re import *
@@ -66,7 +67,8 @@ def run(role: int) -> None:
 
 
 def read_job() -> bytes:
-    """What the judge wrote for this run. By position: the runs of a program share the description."""
+    """What the judge wrote for this run. By position: the runs of a program share the
+    description."""
     size = os.fstat(JOB).st_size
     data = b""
     while len(data) < size:
@@ -169,7 +171,8 @@ def _flush() -> bool:
 
 
 def _calls(job: dict[str, Any]) -> None:
-    """Loads the program, then answers the calls of a job in order, one message each, after one for the load."""
+    """Loads the program, then answers the calls of a job in order, one message each, after one for
+    the load."""
     dumps, loads, say = sandbox_wire.dumps, sandbox_wire.loads, speaker(CHANNEL)
     program = module("solution")
     try:

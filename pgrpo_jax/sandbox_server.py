@@ -32,7 +32,8 @@ TRIES = 2
 
 
 def main(arguments: list[str]) -> None:
-    """`arguments`: descriptor of the socket, the trainer's process id, JSON of workers, tier, packages."""
+    """`arguments`: descriptor of the socket, the trainer's process id, JSON of workers, tier,
+    packages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is ours
     descriptor, trainer, settings = int(arguments[0]), int(arguments[1]), json.loads(arguments[2])
     stack, hard = STACK_MB << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]
@@ -75,7 +76,8 @@ class _Server:
     # --- slots
 
     def start(self) -> bool:
-        """Finds the strongest tier by building a slot of it. Tells the trainer; False if there is none."""
+        """Finds the strongest tier by building a slot of it. Tells the trainer; False if there is
+        none."""
         tiers = TIERS if self._settings["tier"] == "auto" else (self._settings["tier"],)
         reasons = []
         for self._tier in tiers:
@@ -150,7 +152,8 @@ class _Server:
 
     def _hand_out(self) -> None:
         for slot in self._slots:
-            # Some programs are judged at once, an empty one for example: then the slot takes the next.
+            # Some programs are judged at once, an empty one for example: then the slot takes the
+            # next.
             while self._waiting and slot.ready and slot.work is None:
                 job = self._waiting.popleft()
                 self._running[slot] = job

@@ -1,7 +1,9 @@
-"""The server's side of slots and runs: starting them, feeding them, reading them, timing them, ending them.
+"""The server's side of slots and runs: starting them, feeding them, reading them, timing them,
+ending them.
 
 Everything a run may use up is watched from here, outside the jail: CPU seconds by the clock of the
-process, memory in use, seconds on the wall, bytes printed. Part of the sandbox: standard library only.
+process, memory in use, seconds on the wall, bytes printed. Part of the sandbox: standard library
+only.
 """
 
 import contextlib
@@ -70,7 +72,8 @@ class Loop:
 
 
 class Limits:
-    """Of one run. `cpu_s` is for a part of it: a test; the clock is set back by `Run.begin_part`."""
+    """Of one run. `cpu_s` is for a part of it: a test; the clock is set back by
+    `Run.begin_part`."""
 
     def __init__(
         self, cpu_s: float, memory_mb: int, output_kb: int, scratch_mb: int, parts: int = 1
@@ -224,7 +227,8 @@ class Slot:
     def start(
         self, role: int, job: int, limits: Limits, stdin: bytes = b"", more: tuple[int, ...] = ()
     ) -> Run:
-        """Orders a run. `job` is a sealed file that the run reads, `more` its channel and verdict pipe.
+        """Orders a run. `job` is a sealed file that the run reads, `more` its channel and verdict
+        pipe.
 
         The caller keeps `job` and gives `more` away.
         """

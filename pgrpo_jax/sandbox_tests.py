@@ -1,4 +1,5 @@
-"""The tests' process of a pair: it runs tests of kind assert or unittest, the program runs in another.
+"""The tests' process of a pair: it runs tests of kind assert or unittest, the program runs in
+another.
 
 What the tests know of the program goes through `sandbox_proxy`. One message for every test goes to
 the judge, over a pipe that the program's process does not have: "pass", or what went wrong.
@@ -102,7 +103,8 @@ def _unittest(job: dict[str, Any], tests: types.ModuleType, tell: Any) -> None:
 
 
 class _Result:
-    """What unittest reports to. Tells the verdict of each test as it ends; a skipped one has not passed."""
+    """What unittest reports to. Tells the verdict of each test as it ends; a skipped one has not
+    passed."""
 
     shouldStop = failfast = buffer = False
 

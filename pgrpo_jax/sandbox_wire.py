@@ -1,8 +1,9 @@
 """Values and messages between the judge's processes.
 
-Values are tagged JSON, never pickle: `dumps` turns plain values into text that `loads` gives back with their types. What comes from a
-program is hostile: `loads` makes builtins only, with limits on depth, and raises Malformed for the
-rest. JSON stands for itself where it can; an object of one key is a tag:
+Values are tagged JSON, never pickle: `dumps` turns plain values into text that `loads` gives back
+with their types. What comes from a program is hostile: `loads` makes builtins only, with limits on
+depth, and raises Malformed for the rest. JSON stands for itself where it can; an object of one key
+is a tag:
 
     {"i": hex} large int    {"f": text} inf, nan   {"c": [re, im]} complex
     {"b": hex} bytes        {"y": hex} bytearray   {"d": [[key, value], ...]} dict
@@ -52,7 +53,8 @@ class Malformed(Exception):
 
 
 def dumps(value: Any, foreign: Callable[[Any], Any] | None = None) -> bytes:
-    """Text of a plain value. `foreign` gives the handle of what is not plain; without it Unpackable."""
+    """Text of a plain value. `foreign` gives the handle of what is not plain; without it
+    Unpackable."""
     return json.dumps(_pack(value, foreign, 0), separators=(",", ":")).encode()
 
 
@@ -94,7 +96,8 @@ def _pack(value: Any, foreign: Callable[[Any], Any] | None, depth: int) -> Any:
 
 
 def _pack_derived(value: Any, foreign: Callable[[Any], Any] | None, depth: int) -> Any:
-    """Other subclasses of plain types lose the subclass, unless the caller keeps foreign things apart."""
+    """Other subclasses of plain types lose the subclass, unless the caller keeps foreign things
+    apart."""
     kind = type(value)
     if kind in _TAKE_APART:
         parts = [_pack(part, foreign, depth + 1) for part in _TAKE_APART[kind](value)]
@@ -208,7 +211,8 @@ def frame(body: bytes) -> bytes:
 
 
 class Frames:
-    """Cuts a stream into messages; Malformed once a message or the backlog is longer than `limit`."""
+    """Cuts a stream into messages; Malformed once a message or the backlog is longer than
+    `limit`."""
 
     def __init__(self, limit: int):
         self._limit = limit
@@ -258,7 +262,8 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
 def receive_descriptors(
     connection: socket.socket, size: int, most: int
 ) -> tuple[bytes, list[int], int]:
-    """One packet, the descriptors that came with it, and the sender's process id (0 if not told)."""
+    """One packet, the descriptors that came with it, and the sender's process id (0 if not
+    told)."""
     space = socket.CMSG_SPACE(4 * most) + socket.CMSG_SPACE(12)
     data, ancillary, _, _ = connection.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
     descriptors, pid = array.array("i"), 0

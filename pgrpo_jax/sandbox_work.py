@@ -31,7 +31,8 @@ class Tally:
         self.started = time.monotonic()
 
     def add(self, verdict: str, why: str = "") -> bool:
-        """Notes the next test's verdict. False if the rest need not be tried: it would cost as much again."""
+        """Notes the next test's verdict. False if the rest need not be tried: it would cost as much
+        again."""
         self.verdicts.append(verdict)
         if verdict != "pass" and not self.failure:
             self.failure = f"test {len(self.verdicts)}: {why}"[:LONGEST_FAILURE]
@@ -93,7 +94,8 @@ def _stopped(run: sandbox_slot.Run) -> tuple[str, str] | None:
     if run.stopped == "output":
         return (
             "fail",
-            f"wrote more than {limits.output // 1024} kB of output or {limits.scratch_mb} MB of files",
+            f"wrote more than {limits.output // 1024} kB of output or "
+            f"{limits.scratch_mb} MB of files",
         )
     return None
 
@@ -319,7 +321,8 @@ def need_one_interpreter(*code: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def as_calls(code: tuple[str, ...]) -> tuple[list[tuple[str, Any, Any]], tuple[Any, ...]] | None:
-    """`assert f(1, [2]) == 3` as calls with wanted values; None if one of them says anything else."""
+    """`assert f(1, [2]) == 3` as calls with wanted values; None if one of them says anything
+    else."""
     calls, wanted = [], []
     for text in code:
         try:

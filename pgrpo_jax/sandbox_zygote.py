@@ -6,11 +6,12 @@ memory. It runs no foreign code; its children do, after they have given up every
 
 Packets on the control socket (descriptor 3, SOCK_SEQPACKET), to the zygote:
 
-    RUN  number role cpu_s memory_mb file_mb, with descriptors: stdin stdout stderr job [channel [verdicts]]
+    RUN  number role cpu_s memory_mb file_mb, and: stdin stdout stderr job [channel [verdicts]]
     KILL number
 
 and from it: READY text or BROKEN text once; HELLO number, sent by the child itself, so that the
-kernel tells the server its process id; ENDED number status cpu_s peak_kb. The end of the stream ends the slot.
+kernel tells the server its process id; ENDED number status cpu_s peak_kb. The end of the stream
+ends the slot.
 
 Part of the sandbox: standard library only.
 """
@@ -39,9 +40,9 @@ THREAD_STACK_MB = 16
 
 # Loaded before the first fork, so that programs need not. More of them would slow each fork down.
 _MODULES = """
-array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools heapq io
-itertools json math numbers operator os queue random re statistics string struct sys textwrap threading time
-traceback types typing
+array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions functools
+heapq io itertools json math numbers operator os queue random re statistics string struct sys
+textwrap threading time traceback types typing
 """.split()  # noqa: SIM905
 
 
@@ -90,7 +91,8 @@ def _prepare(settings: dict) -> str:
 
 
 def _hide_the_sandbox() -> None:
-    """A program imports what any interpreter has. Done here: every page that a child writes to costs it."""
+    """A program imports what any interpreter has. Done here: every page that a child writes to
+    costs it."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "pgrpo_jax"]:
         del sys.modules[name]
 
@@ -180,7 +182,8 @@ class _Slot:
         self._poll.register(handle, select.POLLIN)
 
     def _child(self, number: int, rest: list[int], descriptors: list[int]) -> None:
-        """Never returns. The hello is its last word to the judge: a run without one is no fault of the program."""
+        """Never returns. The hello is its last word to the judge: a run without one is no fault of
+        the program."""
         role, cpu_s, memory_mb, file_mb = rest
         try:
             sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -247,7 +250,8 @@ def _place(descriptors: list[int], control: int) -> None:
 
 
 def _empty(folder: str) -> None:
-    """Deletes all in a folder, but follows no link, and gets through whatever modes and depths a program left."""
+    """Deletes all in a folder, but follows no link, and gets through whatever modes and depths a
+    program left."""
     with os.scandir(folder) as entries:
         found = list(entries)
     for entry in found:

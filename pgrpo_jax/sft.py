@@ -1,4 +1,5 @@
-"""Supervised warm-up: the policy learns to reason and to answer in the format, from rows of prompt and completion.
+"""Supervised warm-up: the policy learns to reason and to answer in the format, from rows of prompt
+and completion.
 
     python -m pgrpo_jax.sft --config tiny
 

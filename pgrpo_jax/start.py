@@ -1,4 +1,5 @@
-"""What every stage begins with: problems, and the models in their newest state in this run's folder."""
+"""What every stage begins with: problems, and the models in their newest state in this run's
+folder."""
 
 import pathlib
 from typing import Any, Literal
@@ -20,16 +21,18 @@ def problems(cfg: Config, split: Literal["train", "evaluation"]) -> list[types.P
     settings = cfg.data
     if split == "train":
         name, hub_split, limit = settings.train, settings.train_split, settings.train_limit
-        made = ("train", cfg.world.train_problems)
+        count = cfg.world.train_problems
     else:
         name, hub_split, limit = (
             settings.evaluation,
             settings.evaluation_split,
             settings.evaluation_limit,
         )
-        made = ("heldout", cfg.world.heldout_problems)
+        count = cfg.world.heldout_problems
     if name == "world":
-        return world.problems(*made, seed=cfg.seed)[: limit or None]
+        return world.problems("train" if split == "train" else "heldout", count, cfg.seed)[
+            : limit or None
+        ]
     return data.load_problems(name, hub_split, limit)
 
 
@@ -55,8 +58,9 @@ def policy(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
         return load.load_policy(str(warmed), cfg.policy.compute, mesh)
     if cfg.sft.steps:
         raise FileNotFoundError(
-            f"{warmed} holds no policy, but sft.steps={cfg.sft.steps}: run `python -m pgrpo_jax.sft` with "
-            "this configuration first, or set --sft.steps 0 to go on from the policy's own checkpoint"
+            f"{warmed} holds no policy, but sft.steps={cfg.sft.steps}: run "
+            "`python -m pgrpo_jax.sft` with this configuration first, or set --sft.steps 0 to go "
+            "on from the policy's own checkpoint"
         )
     return initial_policy(cfg, mesh)
 
@@ -70,7 +74,8 @@ def newest_policy(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, P
 
 
 def initial_reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
-    """The reward model before its training: its own checkpoint, random, or the warmed-up policy as trunk."""
+    """The reward model before its training: its own checkpoint, random, or the warmed-up policy as
+    trunk."""
     key = rng.key(cfg.seed, "reward model")
     if cfg.reward_training.trunk == "policy":
         arch, params = policy(cfg, mesh)
@@ -85,7 +90,8 @@ def reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Pa
         return load.load_reward_model(str(trained), cfg.reward_model.compute, mesh)
     if cfg.reward_training.steps:
         raise FileNotFoundError(
-            f"{trained} holds no reward model, but reward_training.steps={cfg.reward_training.steps}: run "
+            f"{trained} holds no reward model, but reward_training.steps="
+            f"{cfg.reward_training.steps}: run "
             "`python -m pgrpo_jax.train_reward` with this configuration first, or set "
             "--reward-training.steps 0 to use the reward model's own checkpoint"
         )

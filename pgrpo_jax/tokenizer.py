@@ -199,7 +199,7 @@ class WorldTokenizer:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self._pieces[i - 2] for i in map(int, ids) if i >= 2)
+        return "".join(self._pieces[i - 2] for i in map(int, ids) if 2 <= i < self.vocab_size)
 
     def opening(self, prefill: str) -> str:
         return prefill

@@ -3,8 +3,8 @@
     python -m pgrpo_jax.train
     python -m pgrpo_jax.train --config qwen2_5_coder_0_5b --workdir runs/coder
 
-Every stage is skipped when its output is in the run's folder, so the same command continues a run that
-was stopped. Without arguments it trains on the built-in world, on two CPU cores, from nothing.
+Every stage is skipped when its output is in the run's folder, so the same command continues a run
+that was stopped. Without arguments it trains on the built-in world, on two CPU cores, from nothing.
 """
 
 import dataclasses
@@ -64,8 +64,8 @@ def claim_folder(cfg: config.Config) -> None:
         earlier = cli.from_json(path.read_text())
         config.require(
             earlier == cfg,
-            f"{path.parent} holds a run with other settings ({different(earlier, cfg)}); continue it with "
-            "its own settings, or name another folder with --workdir",
+            f"{path.parent} holds a run with other settings ({different(earlier, cfg)}); continue "
+            "it with its own settings, or name another folder with --workdir",
         )
     elif jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

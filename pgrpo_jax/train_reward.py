@@ -1,9 +1,10 @@
-"""Bradley-Terry training of the reward model on preference pairs of reasonings (arXiv 2508.05170, section 3.1).
+"""Bradley-Terry training of the reward model on preference pairs of reasonings (arXiv 2508.05170,
+section 3.1).
 
     python -m pgrpo_jax.train_reward --config tiny
 
-Leaves a Hugging Face folder `reward_model/` (AutoModelForSequenceClassification, one label) in the run's
-folder, and is skipped when that is there.
+Leaves a Hugging Face folder `reward_model/` (AutoModelForSequenceClassification, one label) in the
+run's folder, and is skipped when that is there.
 """
 
 import functools
@@ -46,7 +47,8 @@ def run(cfg: config.Config) -> None:
 def pair_accuracy(
     cfg: config.Config, arch: config.Architecture, params: Any, examples: data.Examples
 ) -> dict[str, float]:
-    """The share of pairs whose chosen side scores higher: over all, by `dimension` and by `kind` where rows have them."""
+    """The share of pairs whose chosen side scores higher: over all, by `dimension` and by `kind`
+    where rows have them."""
     compute = cfg.reward_model.compute
     score = jax.jit(lambda params, *rows_BT: reward.score(params, arch, compute, *rows_BT))
     size, right = cfg.reward_training.batch_size, []

@@ -14,8 +14,8 @@ TestKind = Literal["stdin", "call", "assert", "unittest"]
 class Tests:
     """Every test of one problem, in one of four kinds.
 
-    stdin     the program is a script; `inputs[i]` is its standard input, `outputs[i]` what it has to print
-    call      `function` is called with the arguments `inputs[i]` (a tuple), `outputs[i]` is the value wanted
+    stdin     the program is a script; `inputs[i]` is its standard input, `outputs[i]` its output
+    call      `function` is called with the arguments `inputs[i]` (a tuple) for `outputs[i]`
     assert    `code[i]` is a statement that must not raise, run after the program and `setup`
     unittest  `code` holds one module with `unittest.TestCase` classes
     """
@@ -38,7 +38,8 @@ class Tests:
             raise ValueError("tests of kind 'call' need `function`, the name to call")
         if len(self) == 0:
             raise ValueError(
-                f"a problem has no tests of kind {self.kind!r}; a program cannot pass nothing: drop the problem"
+                f"a problem has no tests of kind {self.kind!r}; "
+                "a program cannot pass nothing: drop the problem"
             )
 
     def __len__(self) -> int:
@@ -82,9 +83,9 @@ class Result:
 class Completion:
     """One sampled answer, its token ids carried end to end.
 
-    `ids` and `logps` (float32, of the sampled tokens at the sampling temperature) have equal length and
-    include the stop token, unless `truncated`: then the length limit cut the answer. `group` numbers
-    the prompt inside its batch, `sample` the answer inside its group.
+    `ids` and `logps` (float32, of the sampled tokens at the sampling temperature) have equal length
+    and include the stop token, unless `truncated`: then the length limit cut the answer. `group`
+    numbers the prompt inside its batch, `sample` the answer inside its group.
     """
 
     problem: Problem

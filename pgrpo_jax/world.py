@@ -1,20 +1,22 @@
-"""The built-in world: small Python problems with reasonings of known quality, for runs without a network.
+"""The built-in world: small Python problems with reasonings of known quality, for runs without a
+network.
 
-A problem names a value x (an integer, a list or a text), one or two constants that have to be worked
-out (`k is 7 plus 5 minus 4`), two or three steps of which one may be announced last though it comes first
-(`sort it, then drop the first k, but first add m to each`), and perhaps an edge case. A reasoning works
-the constants out, settles the edge case and puts the steps in order; the program then follows it line by
-line. So the reasoning carries load: a program has no room to work anything out.
+A problem names a value x (an integer, a list or a text), one or two constants that have to be
+worked out (`k is 7 plus 5 minus 4`), two or three steps of which one may be announced last though
+it comes first (`sort it, then drop the first k, but first add m to each`), and perhaps an edge
+case. A reasoning works the constants out, settles the edge case and puts the steps in order; the
+program then follows it line by line. So the reasoning carries load: a program has no room to work
+anything out.
 
-Defects follow the three dimensions of arXiv 2508.05170, section 3.1, and come in kinds that lengthen,
-shorten and keep the length, lest a reward model learn to count words:
+Defects follow the three dimensions of arXiv 2508.05170, section 3.1, and come in kinds that
+lengthen, shorten and keep the length, lest a reward model learn to count words:
 
     accuracy    a worked value is wrong, and used
     rigor       a step or the edge case is missing, or a needless one was added
     coherence   steps stand in another order, or use another constant than was worked out
 
-A composition is a domain and its operations in order of execution. A fifth of the compositions is held
-out: no problem, warm-up row or preference pair of training has one of them.
+A composition is a domain and its operations in order of execution. A fifth of the compositions is
+held out: no problem, warm-up row or preference pair of training has one of them.
 """
 
 import dataclasses
@@ -83,7 +85,8 @@ EDGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The truth behind one problem. `steps` are (operation, name of its constant or ""), as executed."""
+    """The truth behind one problem. `steps` are (operation, name of its constant or ""), as
+    executed."""
 
     domain: str
     steps: tuple[tuple[str, str], ...]
@@ -102,7 +105,8 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a reasoning says. `worked` is (name, sum, subtrahend, value), sum None where no work is shown."""
+    """What a reasoning says. `worked` is (name, sum, subtrahend, value), sum None where no work is
+    shown."""
 
     worked: tuple[tuple[str, int | None, int | None, int], ...]
     steps: tuple[tuple[str, int | None], ...]
@@ -111,7 +115,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """The oracle's word on one reasoning; `perfect` also wants every constant worked and nothing said twice."""
+    """The oracle's word on one reasoning; `perfect` also wants every constant worked and nothing
+    said twice."""
 
     accuracy: bool
     rigor: bool
@@ -179,7 +184,8 @@ def statement(spec: Spec) -> str:
 
 
 def problems(split: Literal["train", "heldout"], count: int, seed: int) -> list[types.Problem]:
-    """`count` distinct problems whose compositions belong to `split`. Column `spec` holds the truth."""
+    """`count` distinct problems whose compositions belong to `split`. Column `spec` holds the
+    truth."""
     rng = random.Random(zlib.crc32(f"{split}/{seed}".encode()))
     found: dict[str, types.Problem] = {}
     while len(found) < count:
@@ -260,7 +266,8 @@ def wrong_value(plan: Plan, spec: Spec, rng: random.Random) -> Plan:
 
 
 def wrong_rigor(plan: Plan, spec: Spec, rng: random.Random) -> Plan:
-    """Rigor: a step or the edge case is missing, or a needless one was added; as often longer as shorter."""
+    """Rigor: a step or the edge case is missing, or a needless one was added; as often longer as
+    shorter."""
     at = rng.randrange(len(plan.steps))
     kind = rng.choice(("missing step", "needless step", "edge"))
     if kind == "edge":
@@ -276,7 +283,8 @@ def wrong_rigor(plan: Plan, spec: Spec, rng: random.Random) -> Plan:
 
 
 def wrong_order(plan: Plan, spec: Spec, rng: random.Random) -> Plan:
-    """Coherence: steps out of order (often the order of the telling), or a constant used that was not found."""
+    """Coherence: steps out of order (often the order of the telling), or a constant used that was
+    not found."""
     constants = [i for i, (_, constant) in enumerate(plan.steps) if constant is not None]
     if constants and rng.random() < 0.4:
         i = rng.choice(constants)
@@ -329,7 +337,8 @@ _EDGE = re.compile(r"if (?:empty|negative), return (\d+)\.")
 
 
 def read_plan(text: str, domain: str) -> Plan | None:
-    """The plan that a reasoning's text says, None if a line is none of a plan's, or two say the same edge."""
+    """The plan that a reasoning's text says, None if a line is none of a plan's, or two say the
+    same edge."""
     worked, steps, edges = [], [], []
     for line in text.splitlines():
         if found := _CONSTANT.fullmatch(line):
@@ -401,7 +410,8 @@ def _malform(text: str, rng: random.Random) -> str:
 
 
 def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows `prompt`, `completion` of mixed quality: 40 % good, 25 % terse or wordy, 35 % degraded; 10 % malformed."""
+    """Rows `prompt`, `completion` of mixed quality: 40 % good, 25 % terse or wordy, 35 % degraded;
+    10 % malformed."""
     rng = random.Random(zlib.crc32(f"sft/{seed}".encode()))
     for _ in range(count):
         problem = rng.choice(pool)
@@ -417,24 +427,25 @@ def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[
 def pair_rows(
     pool: list[types.Problem], dimensions: tuple[Dimension, ...], seed: int
 ) -> Iterator[dict[str, str]]:
-    """OD pairs: optimised > initial once a problem; optimised > degraded and initial > degraded once a dimension."""
+    """OD pairs: optimised > initial once a problem; optimised > degraded and initial > degraded
+    once a dimension."""
     rng = random.Random(zlib.crc32(f"pairs/{seed}".encode()))
     for problem in pool:
         spec = problem.columns["spec"]
         optimised = reasoning(reference_plan(spec), spec.domain)
         initial = reasoning(initial_plan(spec, rng), spec.domain)
-        sides = [("optimised>initial", "all", optimised, initial)]
+        sides: list[tuple[str, str, str, str]] = [("optimised>initial", "all", optimised, initial)]
         for dimension in dimensions:
             degraded = reasoning(degraded_plan(spec, dimension, rng), spec.domain)
             sides.append(("optimised>degraded", dimension, optimised, degraded))
             sides.append(("initial>degraded", dimension, initial, degraded))
-        for kind, dimension, chosen, rejected in sides:
+        for kind, found_along, chosen, rejected in sides:
             yield {
                 "prompt": problem.statement,
                 "chosen": chosen,
                 "rejected": rejected,
                 "kind": kind,
-                "dimension": dimension,
+                "dimension": found_along,
                 "generator": "world",
                 "problem_id": problem.id,
             }

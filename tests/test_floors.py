@@ -12,10 +12,10 @@ FLOORS = {
     7: "sft make_pairs train_reward evaluate rewards",
     6: "start fit update supervised report summary sandbox",
     5: "rollout models.reward checkpoint sandbox_server",
-    4: "models.decoder models.load data sandbox_work",
-    3: "models.attention models.cache problems sampling sandbox_slot",
-    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_zygote",
-    1: "sharding algo world cli figures sandbox_run",
+    4: "models.decoder models.load data sandbox_work sandbox_zygote",
+    3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
+    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_run",
+    1: "sharding algo world cli figures sandbox_proxy",
     0: "types config rng masked metrics parse compare charts interrupt progress sandbox_wire "
     "sandbox_jail",
 }

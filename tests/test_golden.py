@@ -76,7 +76,8 @@ def test_advantages_are_trls_but_for_the_floor(case):
 
 
 def test_the_golden_cases_have_not_become_fewer():
-    # 4 loss types x 2 upper bounds x 3 masks, and for each type advantages by token and 2 micro-batches
+    # 4 loss types x 2 upper bounds x 3 masks, and for each type advantages by token and 2
+    # micro-batches
     assert len(INDEX["loss"]) == 4 * 2 * 3 + 4 * 2
     assert len(INDEX["adv"]) == 13
     assert {case["loss_type"] for case in INDEX["loss"]} == {"grpo", "bnpo", "dapo", "dr_grpo"}

@@ -1,8 +1,10 @@
-"""A completion is what its problem, its sample number and the policy say, however it was computed."""
+"""A completion is what its problem, its sample number and the policy say, however it was
+computed."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ ARCH = Architecture(
     vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, qk_norm=True
 )
 COMPUTE = Compute()
-STOPS, PAD = (3, 5), 0
+STOPS, PAD = (3, 10), 0
 CFG = RolloutConfig(
     prompts_per_step=4,
     num_generations=4,
@@ -74,17 +76,25 @@ def reference():
     return sampled(shared())
 
 
+@functools.partial(jax.jit, static_argnames="temperature")
+def full_forward(params, ids_1T, mask_1T, temperature):
+    """Log-probabilities and logits of every next token, without a cache."""
+    positions_1T = jnp.arange(ids_1T.shape[1])[None]
+    segments_1T = mask_1T.astype(jnp.int32)
+    x_1TD, _ = decoder.forward(params, ARCH, COMPUTE, ids_1T, positions_1T, segments_1T)
+    w_DV, next_1T = decoder.unembedding(params, ARCH), jnp.roll(ids_1T, -1, axis=1)
+    return logprobs.logprobs(x_1TD, w_DV, next_1T, temperature, 1024)[0], x_1TD @ w_DV
+
+
 def recomputed(completion, temperature):
-    """Log-probabilities of a completion by the full forward, without a cache, and its logits."""
-    ids_1T = np.concatenate([completion.prompt_ids, completion.ids])[None]
-    positions_1T = np.arange(ids_1T.shape[1], dtype=np.int32)[None]
-    x_1TD, _ = decoder.forward(
-        params(), ARCH, COMPUTE, ids_1T, positions_1T, np.ones_like(ids_1T), None
+    """Log-probabilities of a completion by the full forward, and the logits they come from."""
+    start, end = len(completion.prompt_ids), len(completion.prompt_ids) + len(completion.ids)
+    ids_1T = np.zeros((1, 64), np.int32)
+    ids_1T[0, :end] = np.concatenate([completion.prompt_ids, completion.ids])
+    logp_1T, logits_1TV = full_forward(params(), ids_1T, np.arange(64)[None] < end, temperature)
+    return np.asarray(logp_1T[0, start - 1 : end - 1]), np.asarray(
+        logits_1TV[0, start - 1 : end - 1]
     )
-    start = len(completion.prompt_ids)
-    x_1TD, w_DV = x_1TD[:, start - 1 : -1], decoder.unembedding(params(), ARCH)
-    logp_1T, _ = logprobs.logprobs(x_1TD, w_DV, completion.ids[None], temperature, 1024)
-    return np.asarray(logp_1T[0]), np.asarray(x_1TD[0] @ w_DV)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -194,8 +204,12 @@ def test_a_prompt_is_prefilled_once_for_all_of_its_samples(monkeypatch):
         return forward(params, arch, compute, ids_BT, *rest)
 
     monkeypatch.setattr(decoder, "forward", spy)
-    sampled(engine())
-    assert set(shapes) == {(4, 8), (16, 1)}
+    for_16_samples = (np.ones((4, 8), np.int32), np.ones((4, 8), bool), jax.random.key(0))
+    numbers_B = np.arange(16, dtype=np.uint32)
+    prefill = functools.partial(rollout.prefill, arch=ARCH, compute=COMPUTE, new_tokens=5)
+    slots = jax.eval_shape(prefill, params(), *for_16_samples, numbers_B, numbers_B)
+    assert shapes == [(4, 8)]
+    assert slots.x_BD.shape == (16, 16) and slots.cache.positions_BS.shape == (16, 8 + 5)
 
 
 def test_nothing_is_compiled_once_each_bucket_was_met():

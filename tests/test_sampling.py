@@ -32,7 +32,7 @@ def test_even_shares_pick_each_token_as_often_as_its_weight_says(vocabulary):
     u_B = (jnp.arange(shares) + 0.5) / shares
     ids_B = sampling.pick(u_B, jnp.tile(jnp.array(weights_V)[None], (shares, 1)))
     counts = np.bincount(ids_B, minlength=vocabulary)
-    # An interval of length w holds w * shares of evenly spaced points, give or take one at either end.
+    # An interval of length w holds w * shares of evenly spaced points, give or take one.
     assert np.abs(counts - shares * weights_V / weights_V.sum()).max() < 1.1
 
 

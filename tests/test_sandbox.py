@@ -1,4 +1,5 @@
-"""A verdict of the judge can be trusted: honest programs pass, others do not, nothing is left behind."""
+"""A verdict of the judge can be trusted: honest programs pass, others do not, nothing is left
+behind."""
 
 import os
 import pathlib

@@ -35,7 +35,8 @@ def test_statement_reasoning_and_program_of_a_known_problem():
         "drop the first k, then add m to each, but first sort it.\n"
     )
     assert world.reasoning(plan, "a list") == (
-        "k = 12 - 9 = 3.\nm = 9 - 2 = 7.\nif empty, return 4.\nsort it.\ndrop the first 3.\nadd 7 to each.\n"
+        "k = 12 - 9 = 3.\nm = 9 - 2 = 7.\nif empty, return 4.\n"
+        "sort it.\ndrop the first 3.\nadd 7 to each.\n"
     )
     assert run_program(world.program(plan, "a list"), [5, 1, 4, 2, 3]) == [11, 12]
     assert run_program(world.program(plan, "a list"), []) == 4
@@ -58,7 +59,9 @@ def test_no_composition_is_both_trained_on_and_held_out(pool):
 
 def test_problems_are_distinct_and_depend_on_the_seed_alone(pool):
     assert len({p.statement for p in pool}) == len({p.id for p in pool}) == 300
-    assert [p.statement for p in world.problems("train", 300, seed=0)] == [p.statement for p in pool]
+    assert [p.statement for p in world.problems("train", 300, seed=0)] == [
+        p.statement for p in pool
+    ]
     assert world.problems("train", 5, seed=1)[0].statement != pool[0].statement
 
 
@@ -89,7 +92,8 @@ def test_a_reasoning_with_a_foreign_line_is_graded_as_nothing():
 
 
 def test_a_defect_followed_by_the_program_usually_fails_the_tests(pool):
-    """The reasoning carries load: a program that follows a flawed one fails four times out of five or more."""
+    """The reasoning carries load: a program that follows a flawed one fails four times out of five
+    or more."""
     rng = random.Random(0)
     for dimension in world.DIMENSIONS:
         lucky = 0
@@ -106,17 +110,37 @@ def test_a_defect_followed_by_the_program_usually_fails_the_tests(pool):
 def test_length_does_not_give_a_degraded_reasoning_away(pool):
     """Initial against degraded: about as often longer as shorter, in every dimension."""
     for dimension in world.DIMENSIONS:
-        rows = [r for r in world.pair_rows(pool, (dimension,), 0) if r["kind"] == "initial>degraded"]
-        lines = [len(re.split(r"[ \n]", r["chosen"])) - len(re.split(r"[ \n]", r["rejected"])) for r in rows]
-        longer, shorter = statistics.mean(d > 0 for d in lines), statistics.mean(d < 0 for d in lines)
+        rows = [
+            r for r in world.pair_rows(pool, (dimension,), 0) if r["kind"] == "initial>degraded"
+        ]
+        lines = [
+            len(re.split(r"[ \n]", r["chosen"])) - len(re.split(r"[ \n]", r["rejected"]))
+            for r in rows
+        ]
+        longer, shorter = (
+            statistics.mean(d > 0 for d in lines),
+            statistics.mean(d < 0 for d in lines),
+        )
         assert abs(longer - shorter) < 0.15, (dimension, longer, shorter)
 
 
 def test_pairs_come_in_three_kinds_with_the_columns_that_trl_reads(pool):
     rows = list(world.pair_rows(pool[:50], world.DIMENSIONS, 0))
-    assert {r["kind"] for r in rows} == {"optimised>degraded", "optimised>initial", "initial>degraded"}
+    assert {r["kind"] for r in rows} == {
+        "optimised>degraded",
+        "optimised>initial",
+        "initial>degraded",
+    }
     assert all(r["chosen"] != r["rejected"] for r in rows)
-    assert set(rows[0]) >= {"prompt", "chosen", "rejected", "kind", "dimension", "generator", "problem_id"}
+    assert set(rows[0]) >= {
+        "prompt",
+        "chosen",
+        "rejected",
+        "kind",
+        "dimension",
+        "generator",
+        "problem_id",
+    }
 
 
 def test_every_text_of_the_world_is_made_of_its_pieces(pool):
