@@ -57,7 +57,7 @@ def config() -> Config:
         ),
         rollout=RolloutConfig(prompts_per_step=16, max_completion_length=56, prompt_buckets=(32,)),
         rewards=RewardsConfig(thinking_max_length=64, shadow_fraction=0.25),
-        update=UpdateConfig(steps=80, optimizer=Optimizer(learning_rate=2e-4)),
+        update=UpdateConfig(steps=80, optimizer=Optimizer(learning_rate=1.5e-4, schedule="cosine")),
         evaluation=EvaluationConfig(every_steps=20),
         judge=JudgeConfig(timeout_s=2.0, memory_mb=256),
     )

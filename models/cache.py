@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from pgrpo_jax.config import Architecture, Compute
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
     """Keys and values of the tokens seen so far.
 
     positions_BS and segments_BS (int32) belong to the columns; segment 0 marks a column that no

@@ -40,7 +40,10 @@ def forward(
     Rows of padding are finite but mean nothing.
     """
     variables = {"params": params}
-    return _Decoder(arch, compute).apply(variables, ids_BT, positions_BT, segments_BT, cache)
+    decoder = _Decoder(arch, compute)
+    # Linen types what `apply` returns for any module and any mutable collection.
+    result: Any = decoder.apply(variables, ids_BT, positions_BT, segments_BT, cache)
+    return result
 
 
 def unembedding(params: Params, arch: Architecture) -> jax.Array:
@@ -59,12 +62,12 @@ class _Attention(nn.Module):
         k_BTKH = self._heads("key", arch.kv_heads, x_BTD, angles)
         v_BTKH = self._project("value", arch.kv_heads)(x_BTD)
         if cache is None:
-            out_BTNH = attention.attend(self.compute, q_BTNH, k_BTKH, v_BTKH, *rows, *rows)
+            out_BTNH = attention.attend(self.compute, q_BTNH, k_BTKH, v_BTKH, *rows + rows)
         else:
             cache = caches.write_layer(cache, layer, k_BTKH, v_BTKH)
-            kv = caches.read_layer(cache, layer)
-            columns = (cache.positions_BS, cache.segments_BS)
-            out_BTNH = attention.attend(self.compute, q_BTNH, *kv, *rows, *columns)
+            columns = cache.positions_BS, cache.segments_BS
+            k_BSKH, v_BSKH = caches.read_layer(cache, layer)
+            out_BTNH = attention.attend(self.compute, q_BTNH, k_BSKH, v_BSKH, *rows, *columns)
         shape = (arch.heads, arch.head_dim, arch.width)
         gain = layers.residual_gain(arch)
         out = layers.Projection("BTNH,NHD->BTD", shape, self.compute, gain=gain, name="out")

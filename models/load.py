@@ -285,7 +285,7 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         files = ["model.safetensors"]
-    stored = {}
+    stored: dict[str, Any] = {}
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -359,7 +359,8 @@ def _part(tensor: Any, row: _Row, arch: Architecture, index: tuple[slice, ...]) 
     """The part `index`, in our axes, of one stored tensor."""
     sizes, wanted = _sizes(arch), dict(zip(row.axes, index, strict=True))
     cuts, shape = [], []
-    for outer, *inner in row.stored.split(","):
+    for letters in row.stored.split(","):
+        outer, inner = letters[0], letters[1:]
         first, last, _ = wanted.pop(outer).indices(sizes[outer])
         block = math.prod(sizes[a] for a in inner)
         cuts.append(slice(first * block, last * block))
@@ -386,7 +387,7 @@ def _save(
         for old in folder.glob("model*.safetensors*"):
             old.unlink()
     files = _files(arch, flat, rows)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, entries in enumerate(files, start=1):
         file = f"model-{number:05}-of-{len(files):05}.safetensors"
         file = file if len(files) > 1 else "model.safetensors"

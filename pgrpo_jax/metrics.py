@@ -65,8 +65,10 @@ class Log:
             self._wandb = _start_wandb(workdir.resolve(), stage, wandb_project, settings or {})
         paths = workdir / "metrics.jsonl", workdir / "completions.jsonl"
         for path in paths:
+            path.touch()
             _drop_rows(path, stage, first_step)
-        self._metrics, self._completions = (path.open("a", encoding="utf-8") for path in paths)
+        # Paths, not open files: another stage's log may put a new file in their place.
+        self._metrics, self._completions = paths
         # Imported here, because it imports torch where that is installed: seconds for every reader.
         import tensorboardX
 
@@ -81,8 +83,7 @@ class Log:
         floats = {name: float(value) for name, value in values.items()}
         finite = {name: value for name, value in floats.items() if math.isfinite(value)}
         row = {"step": step, "stage": self._stage} | {name: finite.get(name) for name in floats}
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, [row])
         for name, value in floats.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -92,17 +93,13 @@ class Log:
         """Appends one row a completion."""
         if not self._primary:
             return
-        for row in rows:
-            values = {"step": step, "stage": self._stage} | dataclasses.asdict(row)
-            self._completions.write(json.dumps(values, allow_nan=False) + "\n")
-        self._completions.flush()
+        head = {"step": step, "stage": self._stage}
+        _append(self._completions, (head | dataclasses.asdict(row) for row in rows))
 
     def close(self) -> None:
         """Ends every file."""
         if not self._primary:
             return
-        self._metrics.close()
-        self._completions.close()
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -112,6 +109,12 @@ class Log:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _append(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def _start_wandb(

@@ -122,7 +122,7 @@ def _own(value: Mapping[str, Any]) -> types.Tests:
         raise ValueError(f"unknown keys {sorted(unknown)}; known are {sorted(known)}")
     if value["kind"] not in ("stdin", "call", "assert", "unittest"):
         raise ValueError(f"kind must be stdin, call, assert or unittest, got {value['kind']!r}")
-    lists = {key: value.get(key) or [] for key in ("inputs", "outputs", "code")}
+    lists: dict[str, Any] = {key: value.get(key) or [] for key in ("inputs", "outputs", "code")}
     for key, items in lists.items():
         if not isinstance(items, list | tuple):
             raise ValueError(f"{key!r} must be a list, got {_brief(items)}")
@@ -132,7 +132,9 @@ def _own(value: Mapping[str, Any]) -> types.Tests:
         raise ValueError(f"tests of kind {value['kind']!r} must be strings")
     return types.Tests(
         value["kind"],
-        **{key: tuple(items) for key, items in lists.items()},
+        inputs=tuple(lists["inputs"]),
+        outputs=tuple(lists["outputs"]),
+        code=tuple(lists["code"]),
         function=_text(value, "function"),
         setup=_text(value, "setup"),
     )

@@ -83,8 +83,9 @@ def prefill(
     G = problem_B.shape[0] // P
     segments_PT = mask_PT.astype(jnp.int32)
     positions_PT = jnp.maximum(jnp.cumsum(segments_PT, axis=1) - 1, 0)
-    cache = caches.empty(arch, compute, P, T)
-    x_PTD, cache = decoder.forward(params, arch, compute, ids_PT, positions_PT, segments_PT, cache)
+    empty = caches.empty(arch, compute, P, T)
+    x_PTD, cache = decoder.forward(params, arch, compute, ids_PT, positions_PT, segments_PT, empty)
+    assert cache is not None, "a forward pass that is given a cache returns one"
 
     def for_samples(y: jax.Array, rows: int) -> jax.Array:
         """Repeats each prompt's entry for its samples and adds columns behind the prompt's."""

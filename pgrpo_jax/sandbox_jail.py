@@ -176,9 +176,9 @@ class SystemCalls:
         options = [b for o in _HARMLESS_PRCTL for b in (_jump(_EQUAL, o, 0, 1), allow)]
         actions[_PRCTL[self._column]] = [_load(16), *options, refuse]
         known = {number: then for number, then in actions.items() if number is not None}
-        numbers = sorted({0, *known, *(number + 1 for number in known)})
+        starts = sorted({0, *known, *(number + 1 for number in known)})
         pieces: list[tuple[int, list[bytes]]] = []
-        for number in numbers:  # neighbours of equal action become one
+        for number in starts:  # neighbours of equal action become one
             action = known.get(number, [refuse])
             if not pieces or pieces[-1][1] != action:
                 pieces.append((number, action))

@@ -35,10 +35,19 @@ PRINT_LIMIT = 1 << 20
 _PLAIN = (int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset, complex, bool)
 _PLAIN_NAMES = {name for kind in _PLAIN for name in dir(kind)}
 _MUTABLE = (list, dict, set, bytearray)
-_ALWAYS = ("__call__", "__iter__", "__next__", "__len__", "__getitem__", "__setitem__")
+_ALWAYS: tuple[str, ...] = (
+    "__call__",
+    "__iter__",
+    "__next__",
+    "__len__",
+    "__getitem__",
+    "__setitem__",
+)
 _ALWAYS += ("__delitem__", "__enter__", "__exit__", "__str__", "__repr__", "__bool__")
 _BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()  # noqa: SIM905
-_BY_NAME = tuple(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i"))
+_BY_NAME: tuple[str, ...] = tuple(
+    f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i")
+)
 _BY_NAME += ("__lt__", "__le__", "__gt__", "__ge__", "__contains__", "__neg__", "__pos__")
 _BY_NAME += ("__abs__", "__invert__", "__int__", "__float__", "__index__", "__round__")
 _HIDDEN = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType)

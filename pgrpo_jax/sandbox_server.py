@@ -201,9 +201,8 @@ class _Server:
         if not data:
             return self._stop()
         for message in self._frames.feed(data):
-            self._accept(
-                *sandbox_wire.REQUEST.unpack_from(message), message[sandbox_wire.REQUEST.size :]
-            )
+            (number,) = sandbox_wire.REQUEST.unpack_from(message)
+            self._accept(number, message[sandbox_wire.REQUEST.size :])
 
     def _accept(self, number: int, body: bytes) -> None:
         key = hashlib.blake2b(body, digest_size=16).digest()

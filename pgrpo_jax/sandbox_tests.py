@@ -97,7 +97,7 @@ def _unittest(job: dict[str, Any], tests: types.ModuleType, tell: Any) -> None:
     suite = unittest.defaultTestLoader.loadTestsFromModule(tests)
     tell("total", str(suite.countTestCases()))
     result = _Result(tell)
-    suite.run(result)
+    suite.run(result)  # type: ignore[arg-type]  # unittest wants but these methods
     if result.outside:
         raise AssertionError(result.outside)
 

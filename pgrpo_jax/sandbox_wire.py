@@ -111,7 +111,8 @@ def _pack_derived(value: Any, foreign: Callable[[Any], Any] | None, depth: int) 
             return {"o": handle}
     if kind.__module__ == "numpy" and hasattr(value, "dtype") and not hasattr(value, "__len__"):
         return _pack(value.item(), None, DEPTH)
-    for base in (int, float, str, bytes, list, tuple, dict, set, frozenset):
+    bases: tuple[Any, ...] = (int, float, str, bytes, list, tuple, dict, set, frozenset)
+    for base in bases:
         if isinstance(value, base):
             return _pack(base(value), foreign, depth)
     raise Unpackable(f"a value of type {kind.__name__}")

@@ -130,6 +130,8 @@ def _script_verdict(
         return stopped
     if run.cpu_s > run.limits.cpu_s:
         return "timeout", f"took {run.cpu_s:.2f} s of CPU, more than {run.limits.cpu_s:g} s"
+    if run.status is None:
+        raise RuntimeError("a verdict was asked for a program that still runs")
     if run.status != 0:
         last = _last_line(run)
         verdict = "memory" if last.startswith("MemoryError") else "error"
@@ -155,7 +157,9 @@ def _does_not_compile(run: sandbox_slot.Run) -> bool:
 
 
 def _calls(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
-    calls = [(job["function"], arguments, {}) for arguments in job["inputs"]]
+    calls: list[tuple[Any, Any, dict[str, Any]]] = [
+        (job["function"], arguments, {}) for arguments in job["inputs"]
+    ]
     return (yield from _call_all(slot, job, calls, job["outputs"], compare.values))
 
 

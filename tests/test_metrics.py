@@ -194,3 +194,12 @@ def test_wilson_holds_the_share_and_mirrors(n, share):
 def test_an_interval_of_nothing_is_refused(passed, n):
     with pytest.raises(ValueError, match="0 <= passed <= n and n >= 1"):
         metrics.wilson_interval(passed, n)
+
+
+def test_two_stages_write_side_by_side_and_neither_loses_a_row(tmp_path):
+    with metrics.Log(tmp_path, "grpo") as steps, metrics.Log(tmp_path, "evaluate") as tests:
+        steps.metrics(0, {"loss": 1.0})
+        tests.metrics(0, {"eval/pass@1": 0.5})
+        steps.metrics(1, {"loss": 0.5})
+    rows = [(row["stage"], row["step"]) for row in metrics.read_rows(tmp_path / "metrics.jsonl")]
+    assert rows == [("grpo", 0), ("evaluate", 0), ("grpo", 1)]
