@@ -61,13 +61,12 @@ class _Attention(nn.Module):
         q_BTNH = self._heads("query", arch.heads, x_BTD, angles)
         k_BTKH = self._heads("key", arch.kv_heads, x_BTD, angles)
         v_BTKH = self._project("value", arch.kv_heads)(x_BTD)
-        if cache is None:
-            out_BTNH = attention.attend(self.compute, q_BTNH, k_BTKH, v_BTKH, *rows + rows)
-        else:
+        k_BSKH, v_BSKH, columns = k_BTKH, v_BTKH, rows
+        if cache is not None:
             cache = caches.write_layer(cache, layer, k_BTKH, v_BTKH)
-            columns = cache.positions_BS, cache.segments_BS
             k_BSKH, v_BSKH = caches.read_layer(cache, layer)
-            out_BTNH = attention.attend(self.compute, q_BTNH, k_BSKH, v_BSKH, *rows, *columns)
+            columns = cache.positions_BS, cache.segments_BS
+        out_BTNH = attention.attend(self.compute, q_BTNH, k_BSKH, v_BSKH, *rows, *columns)
         shape = (arch.heads, arch.head_dim, arch.width)
         gain = layers.residual_gain(arch)
         out = layers.Projection("BTNH,NHD->BTD", shape, self.compute, gain=gain, name="out")

@@ -6,7 +6,6 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    10: "benchmarks.gates",
     9: "train",  # the whole run: it calls the stages
     8: "grpo",
     7: "sft make_pairs train_reward evaluate rewards",
