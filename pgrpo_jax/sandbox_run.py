@@ -195,12 +195,12 @@ def load(source: str, program: types.ModuleType) -> None:
 
 
 def find(program: types.ModuleType, name: str) -> Any:
-    """A function of the module, or a method of its `class Solution`."""
+    """A method of the module's `class Solution`, or a function."""
+    if hasattr(program.__dict__.get("Solution"), name):
+        return getattr(program.__dict__["Solution"](), name)
     for known in (program.__dict__, vars(builtins)):
         if name in known:
             return known[name]
-    if "Solution" in program.__dict__:
-        return getattr(program.__dict__["Solution"](), name)
     raise NameError(f"name {name!r} is not defined")
 
 

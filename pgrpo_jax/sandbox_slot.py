@@ -236,6 +236,8 @@ class Slot:
         run = self.runs[self._numbers] = Run(self, self._numbers, limits)
         out, out_end = os.pipe2(os.O_CLOEXEC)
         err, err_end = os.pipe2(os.O_CLOEXEC)
+        for end in (out_end, err_end):
+            os.fchmod(end, 0o622)  # so that whoever runs there can open /dev/stdout
         given = (sealed_file(stdin), out_end, err_end)
         file_mb = limits.scratch_mb
         order = (sandbox_wire.RUN, run.number, role, limits.total_cpu_s, limits.memory_mb, file_mb)
