@@ -9,9 +9,9 @@ import dataclasses
 import importlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -19,31 +19,36 @@ import numpy as np
 from pgrpo_jax import config, metrics, parse, sandbox, sharding, tokenizer, types
 from pgrpo_jax.models import reward
 
+TERMS = ("format", "outcome", "thinking")
 READS_ALL = ("additive", "process")  # gates that want R_t of failing completions too
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-def user_functions(names: Sequence[str]) -> list[RewardFunction]:
+def user_functions(names: Sequence[str]) -> dict[str, RewardFunction]:
     """The functions named as "module:function", with TRL's signature f(prompts, completions,
-    **columns).
+    **columns), by the name of the function, which names its term in the metrics.
 
     Raises:
-      ValueError: a name is not of that form, or there is no such module or function.
+      ValueError: a name is not of that form, there is no such function, or a term is named twice.
     """
-    found: list[RewardFunction] = []
+    found: dict[str, RewardFunction] = {}
     for name in names:
-        module, colon, function = name.partition(":")
-        config.require(bool(colon), f"rewards.functions wants 'module:function', got {name!r}")
+        module, _, function = name.partition(":")
+        complaint = f"rewards.functions names {name!r}"
+        config.require(bool(module and function), f"{complaint}; wanted 'module:function'")
         try:
-            value = getattr(importlib.import_module(module), function, None)
+            members = vars(importlib.import_module(module))
         except ImportError as error:
-            raise ValueError(f"rewards.functions names {name!r}: {error}") from error
+            raise ValueError(f"{complaint}: {error}; is its folder on PYTHONPATH?") from error
         config.require(
-            callable(value),
-            f"rewards.functions names {name!r}: {module} has no function {function!r}",
+            callable(members.get(function)), f"{complaint}: {module} has no function {function!r}"
         )
-        found.append(cast(RewardFunction, value))
+        config.require(
+            function not in found and function not in TERMS,
+            f"{complaint}, but there is a term {function!r} already; rename the function",
+        )
+        found[function] = members[function]
     return found
 
 
@@ -69,14 +74,14 @@ class ThinkingScorer:
         )
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """R_t of (statement, reasoning) pairs, float32; 0 for a reasoning over the length limit.
+        """R_t of (statement, reasoning) pairs, float32; NaN for a row over the length limit.
 
         A batch is as long as its longest row asks for: an eighth, a quarter, a half or all of
         `thinking_max_length`.
         """
         limit, size = self._settings.thinking_max_length, self._settings.thinking_batch_size
         ids = [self._words.reward_ids(*pair) for pair in pairs]
-        scores = np.zeros(len(ids), np.float32)
+        scores = np.full(len(ids), np.nan, np.float32)
         order = sorted(
             (i for i in range(len(ids)) if len(ids[i]) <= limit), key=lambda i: len(ids[i])
         )
@@ -101,8 +106,10 @@ class ThinkingScorer:
 class Scored:
     """A step's completions, by group and sample, with all that was found out about them.
 
-    `r_thinking_B` is 0 where the gate does not read it and NaN nowhere; `scored_B` says where the
-    reward model was asked, shadow scores included. `valid_B` is False where the judge failed.
+    `r_*_B` (float32) are for the update: `r_thinking_B` is 0 where the gate does not read it, and
+    for a missing reasoning or one over the length limit; `r_extra_B` is the sum of the user's
+    terms, NaN where all of them are. `valid_B` is False where the judge failed. `terms` holds all
+    that was said, by name, NaN where nothing was: here `thinking` has the shadow scores too.
     """
 
     completions: tuple[types.Completion, ...]
@@ -114,8 +121,7 @@ class Scored:
     r_thinking_B: np.ndarray
     r_extra_B: np.ndarray
     valid_B: np.ndarray
-    scored_B: np.ndarray
-    thinking_B: np.ndarray  # what the reward model said, shadow scores included
+    terms: dict[str, np.ndarray]
     values: dict[str, float]
 
     def rows(self, advantage_B: np.ndarray) -> list[metrics.CompletionRow]:
@@ -130,10 +136,8 @@ class Scored:
                 verdict=self.results[i].verdict,
                 verdicts=self.results[i].verdicts,
                 rewards={
-                    "format": float(self.r_format_B[i]),
-                    "outcome": float(self.r_outcome_B[i]),
-                    "thinking": float(self.thinking_B[i]) if self.scored_B[i] else None,
-                    "extra": float(self.r_extra_B[i]) if np.isfinite(self.r_extra_B[i]) else None,
+                    name: None if np.isnan(term_B[i]) else float(term_B[i])
+                    for name, term_B in self.terms.items()
                 },
                 advantage=float(advantage_B[i]),
                 length=len(c.ids),
@@ -183,81 +187,106 @@ class Rewards:
         results = [verdict.result() for *_, verdict in rows]
         valid_B = np.array([result.verdict != "infra" for result in results])
         passed_B = np.array([result.verdict == "pass" for result in results])
-        format_B = np.array([p.well_formed for p in parsed])
-        asked_B = self._asked(completions, parsed, passed_B)
-        thinking_B = np.zeros(len(rows), np.float32)
-        where = np.flatnonzero(asked_B)
-        pairs = [(completions[i].problem.statement, parsed[i].reasoning) for i in where]
-        thinking_B[where] = self._scorer(pairs)
-        read_B = np.ones_like(passed_B) if self._cfg.update.gate in READS_ALL else passed_B
+        thinking_B = self._thinking(completions, parsed, passed_B)
+        user_terms = self._user_terms(completions, texts)
+        terms = {
+            "format": np.array([p.well_formed for p in parsed], np.float32),
+            "outcome": np.where(valid_B, passed_B, np.nan).astype(np.float32),
+            "thinking": thinking_B,
+            **user_terms,
+        }
+        read_B = passed_B | (self._cfg.update.gate in READS_ALL)
         return Scored(
             completions=tuple(completions),
             texts=tuple(texts),
             parsed=tuple(parsed),
             results=tuple(results),
-            r_format_B=format_B.astype(np.float32),
+            r_format_B=terms["format"],
             r_outcome_B=passed_B.astype(np.float32),
-            r_thinking_B=np.where(read_B, thinking_B, 0).astype(np.float32),
-            r_extra_B=self._extra(completions, texts),
+            r_thinking_B=np.where(read_B & ~np.isnan(thinking_B), thinking_B, np.float32(0)),
+            r_extra_B=total(list(user_terms.values()), len(rows)),
             valid_B=valid_B,
-            scored_B=asked_B,
-            thinking_B=thinking_B,
-            values=reward_metrics(results, parsed, format_B, passed_B, asked_B, thinking_B),
+            terms=terms,
+            values=reward_metrics(results, parsed, terms),
         )
 
-    def _asked(self, completions, parsed, passed_B: np.ndarray) -> np.ndarray:
-        """Which completions the reward model reads: what the gate wants, and a share of the
-        rest."""
-        some_B = np.array([bool(p.reasoning.strip()) for p in parsed])
-        if self._cfg.update.gate in READS_ALL:
-            return some_B
+    def _thinking(
+        self,
+        completions: Sequence[types.Completion],
+        parsed: Sequence[parse.Parsed],
+        passed_B: np.ndarray,
+    ) -> np.ndarray:
+        """R_t, NaN where there is none: the reward model reads the reasonings that the gate asks
+        for, and a share of the others that hangs on the problem and the sample number alone."""
         threshold = self._cfg.rewards.shadow_fraction * 2**32
-        names = (f"{c.problem.id}/{c.sample}" for c in completions)
+        names = [f"{c.problem.id}/{c.sample}" for c in completions]
         shadow_B = np.array([zlib.crc32(name.encode()) < threshold for name in names])
-        return some_B & (passed_B | shadow_B)
+        reasoned_B = np.array([bool(p.reasoning.strip()) for p in parsed])
+        asked_B = reasoned_B & (passed_B | shadow_B | (self._cfg.update.gate in READS_ALL))
+        where = np.flatnonzero(asked_B)
+        thinking_B = np.full(len(completions), np.nan, np.float32)
+        pairs = [(completions[i].problem.statement, parsed[i].reasoning) for i in where]
+        thinking_B[where] = self._scorer(pairs)
+        return thinking_B
 
-    def _extra(self, completions: Sequence[types.Completion], texts: Sequence[str]) -> np.ndarray:
-        """The sum of the user's rewards; NaN where every function said None."""
-        if not self._functions:
-            return np.zeros(len(completions), np.float32)
-        names = {name for c in completions for name in c.problem.columns}
-        columns = {name: [c.problem.columns.get(name) for c in completions] for name in names}
-        prompts = [c.problem.statement for c in completions]
-        terms = []
-        for name, function in zip(self._cfg.rewards.functions, self._functions, strict=True):
+    def _user_terms(
+        self, completions: Sequence[types.Completion], texts: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """What the user's functions say, NaN for None."""
+        problems = [c.problem for c in completions]
+        names = {name for p in problems for name in p.columns} - {"prompts", "completions"}
+        columns = {name: [p.columns.get(name) for p in problems] for name in sorted(names)}
+        prompts = [p.statement for p in problems]
+        terms = {}
+        for name, function in self._functions.items():
             values = function(prompts=prompts, completions=list(texts), **columns)
             config.require(
                 len(values) == len(completions),
-                f"{name} returned {len(values)} rewards for {len(completions)} completions; "
-                "it must return one number or None for each",
+                f"the reward function {name!r} returned {len(values)} rewards for "
+                f"{len(completions)} completions; it must return one number or None for each",
             )
-            terms.append([np.nan if value is None else float(value) for value in values])
-        terms_FB = np.array(terms)
-        nobody_B = np.isnan(terms_FB).all(axis=0)
-        return np.where(nobody_B, np.nan, np.nansum(terms_FB, axis=0)).astype(np.float32)
+            terms[name] = np.array([np.nan if v is None else v for v in values], np.float32)
+        return terms
+
+
+def total(terms: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """The sum of the user's terms: as in TRL of those that are not NaN, NaN where all of them are."""
+    if not terms:
+        return np.zeros(count, np.float32)
+    terms_FB = np.stack(terms)
+    return np.where(np.isnan(terms_FB).all(0), np.float32(np.nan), np.nansum(terms_FB, axis=0))
 
 
 def reward_metrics(
     results: Sequence[types.Result],
     parsed: Sequence[parse.Parsed],
-    format_B: np.ndarray,
-    passed_B: np.ndarray,
-    asked_B: np.ndarray,
-    thinking_B: np.ndarray,
+    terms: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
-    """Shares of verdicts, and the terms on passing and failing completions; no entry for an empty
-    set."""
+    """Shares of verdicts, and means of terms; no entry where there is nothing to take a mean of.
+
+    Completions that nobody could judge are neither passing nor failing.
+    """
     verdicts = Counter(result.verdict for result in results)
-    values = {f"judge/{name}": count / len(results) for name, count in sorted(verdicts.items())}
-    values["judge/cpu_s"] = float(sum(result.cpu_s for result in results))
+    values = {f"judge/{name}": verdicts[name] / len(results) for name in get_args(types.Verdict)}
+    values["judge/cpu_s"] = sum(result.cpu_s for result in results)
     values["completions/no_program"] = float(np.mean([not p.program for p in parsed]))
-    for name, chosen_B in (("passing", passed_B), ("failing", ~passed_B)):
-        if chosen_B.any():
-            values[f"rewards/format/{name}"] = float(format_B[chosen_B].mean())
-        if (chosen_B & asked_B).any():
-            values[f"rewards/thinking/{name}"] = float(thinking_B[chosen_B & asked_B].mean())
+    values["completions/no_reasoning"] = float(np.mean([not p.reasoning.strip() for p in parsed]))
+    for name, wanted in (("passing", 1), ("failing", 0)):
+        chosen_B = terms["outcome"] == wanted
+        for term in ("format", "thinking"):
+            _put_mean(values, f"rewards/{term}/{name}", terms[term][chosen_B])
+    for name in terms.keys() - set(TERMS):
+        _put_mean(values, f"rewards/{name}/mean", terms[name])
+    scored_B = ~np.isnan(terms["thinking"])
     lengths_B = np.array([len(p.reasoning) for p in parsed], float)
-    both = thinking_B[asked_B], lengths_B[asked_B]
-    if asked_B.sum() > 2 and all(np.std(x) > 0 for x in both):
+    both = terms["thinking"][scored_B], lengths_B[scored_B]
+    if scored_B.sum() > 2 and all(np.std(x) > 0 for x in both):
         values["rewards/thinking/length_correlation"] = float(np.corrcoef(*both)[0, 1])
     return values
+
+
+def _put_mean(values: dict[str, float], name: str, term_B: np.ndarray) -> None:
+    """Notes the mean of what is not NaN, if there is any."""
+    said = term_B[~np.isnan(term_B)]
+    if said.size:
+        values[name] = float(said.mean())

@@ -45,8 +45,9 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 FIRST_LOOK_S, LOOK_S = 0.05, 0.025
-START_S, KILL_S = 30.0, 3.0  # a slot that takes longer is broken
+START_S, KILL_S = 60.0, 10.0  # a slot that takes longer is broken
 PIPE_READ = 1 << 16
+MOST_FILES = 2048  # in the scratch folder
 CORES = os.cpu_count() or 1
 
 
@@ -141,7 +142,7 @@ class Run:
             return self.stop("timeout")
         if self._memory_mb() > self.limits.memory_mb:
             return self.stop("memory")
-        if self.slot.scratch_in_use_mb() > self.limits.scratch_mb:
+        if self.slot.scratch_is_full(self.limits.scratch_mb):
             return self.stop("output")
         self.look_at = now + max(0.002, min(LOOK_S, left / CORES))
 
@@ -293,13 +294,16 @@ class Slot:
         looks = [run.look_at for run in self.runs.values()]
         return min(looks if self.ready else [*looks, self._ready_until], default=math.inf)
 
-    def scratch_in_use_mb(self) -> float:
-        """Only where no file system of its own sets the limit."""
-        blocks = 0
-        for folder, _, files in os.walk(self._scratch) if self._scratch else ():
+    def scratch_is_full(self, limit_mb: int) -> bool:
+        """Looked at only where no file system of its own sets the limit."""
+        blocks = files = 0
+        for folder, folders, names in os.walk(self._scratch) if self._scratch else ():
+            files += len(names) + len(folders)
+            if files > MOST_FILES:
+                return True
             with contextlib.suppress(OSError):
-                blocks += sum(os.lstat(os.path.join(folder, name)).st_blocks for name in files)
-        return blocks * 512 / (1 << 20)
+                blocks += sum(os.lstat(os.path.join(folder, name)).st_blocks for name in names)
+        return blocks * 512 > limit_mb << 20
 
     def close(self) -> None:
         """Kills whatever is left of it. The work is not resumed any more."""

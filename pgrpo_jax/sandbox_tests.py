@@ -110,28 +110,28 @@ class _Result:
 
     def __init__(self, tell: Any):
         self._tell = tell
-        self._worst: tuple[str, str] | None = None
+        self._verdict: tuple[str, str] | None = None
         self._running = False
         self.outside = ""  # what failed outside of every test: setUpClass and the like
 
     def startTest(self, test: Any) -> None:
-        self._worst, self._running = None, True
+        self._verdict, self._running = None, True
 
     def stopTest(self, test: Any) -> None:
         self._running = False
-        verdict, why = self._worst or ("pass", "")
+        verdict, why = self._verdict or ("error", "the test did not end")
         self._tell(verdict, f"{test}: {why}" if why else "")
 
     def _note(self, verdict: str, why: str) -> None:
         if self._running:
-            self._worst = self._worst or (verdict, why)
+            self._verdict = self._verdict or (verdict, why)
         else:
             self.outside = self.outside or why
 
     def addError(self, test: Any, err: Any) -> None:
+        self._note("error", ": ".join(sandbox_run.describe(err[1])))
         if isinstance(err[1], sandbox_proxy.Gone):
             raise err[1]
-        self._note("error", ": ".join(sandbox_run.describe(err[1])))
 
     def addFailure(self, test: Any, err: Any) -> None:
         self._note("fail", ": ".join(sandbox_run.describe(err[1])))
@@ -147,10 +147,10 @@ class _Result:
         self._note("fail", "passed although it was expected to fail")
 
     def addExpectedFailure(self, test: Any, err: Any) -> None:
-        pass
+        self._note("pass", "")
 
     def addSuccess(self, test: Any) -> None:
-        pass
+        self._note("pass", "")
 
     def addDuration(self, test: Any, elapsed: float) -> None:
         pass

@@ -13,7 +13,8 @@ from pgrpo_jax.models import logprobs
 
 B, T, D, V = 8, 10, 6, 50
 CHUNKS = [1, B, 3 * B, 5 * B, B * T, 10 * B * T]
-close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+# Chunks sum in another order; with logits of standard deviation 5 float32 rounds entropies at 1e-5.
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-5)
 
 
 def inputs():

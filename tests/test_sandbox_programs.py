@@ -11,7 +11,7 @@ import pytest
 from pgrpo_jax import config, sandbox, types
 
 DATA = pathlib.Path(__file__).parent / "data" / "judge"
-LIMITS = {"workers": 2, "timeout_s": 0.6, "memory_mb": 256, "output_kb": 600}
+LIMITS = {"workers": 4, "timeout_s": 0.4, "memory_mb": 256, "output_kb": 600}
 WORDS = ("7919-kestrel", "104729-osprey")  # what no program can know
 SECRETS = {
     "stdin": types.Tests("stdin", ("1\n", "2\n"), WORDS),
@@ -54,7 +54,15 @@ def honest() -> list[tuple[str, types.Tests, str]]:
         fields = json.loads("{" + text)
         if fields["kind"] == "call":
             fields["inputs"] = [tuple(arguments) for arguments in fields["inputs"]]
-        found.append((name, types.Tests(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}), program))
+        found.append(
+            (
+                name,
+                types.Tests(
+                    **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+                ),
+                program,
+            )
+        )
     return found
 
 
