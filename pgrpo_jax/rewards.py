@@ -250,7 +250,8 @@ class Rewards:
 
 
 def total(terms: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """The sum of the user's terms: as in TRL of those that are not NaN, NaN where all of them are."""
+    """The sum of the user's terms: as in TRL of those that are not NaN, NaN where all of them
+    are."""
     if not terms:
         return np.zeros(count, np.float32)
     terms_FB = np.stack(terms)

@@ -1,4 +1,5 @@
-"""The attack set and the honest set: no hostile program passes, no honest one fails, nothing stays."""
+"""The attack set and the honest set: no hostile program passes, no honest one fails, nothing
+stays."""
 
 import json
 import os
