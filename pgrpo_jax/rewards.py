@@ -223,7 +223,7 @@ class Rewards:
         shadow_B = np.array([zlib.crc32(name.encode()) < threshold for name in names])
         reasoned_B = np.array([bool(p.reasoning.strip()) for p in parsed])
         asked_B = reasoned_B & (passed_B | shadow_B | (self._cfg.update.gate in READS_ALL))
-        where = np.flatnonzero(asked_B)
+        where = np.flatnonzero(asked_B).tolist()
         thinking_B = np.full(len(completions), np.nan, np.float32)
         pairs = [(completions[i].problem.statement, parsed[i].reasoning) for i in where]
         thinking_B[where] = self._scorer(pairs)
@@ -250,8 +250,7 @@ class Rewards:
 
 
 def total(terms: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """The sum of the user's terms: as in TRL of those that are not NaN, NaN where all of them
-    are."""
+    """The sum, as in TRL, of the user's terms that are not NaN; NaN where all of them are."""
     if not terms:
         return np.zeros(count, np.float32)
     terms_FB = np.stack(terms)

@@ -133,9 +133,6 @@ def test_a_completion_of_any_tokens_scores_zero_and_stops_nothing():
     scorer = rewards.ThinkingScorer(params(), ARCH, c.Compute(), config().rewards, WORDS, mesh(1))
     scored = score(samples(*texts), ["error"] * 400, config("additive"), scorer)
     assert scored.r_format_B.sum() == scored.r_outcome_B.sum() == 0
-    assert scored.values["completions/no_program"] == np.mean(
-        [not p.program for p in scored.parsed]
-    )
     assert scored.values["completions/no_program"] > 0.5
     assert np.isfinite(scored.r_thinking_B).all()
 
@@ -212,14 +209,18 @@ def thinking_scorer(devices=1, **settings) -> rewards.ThinkingScorer:
     return rewards.ThinkingScorer(params(), ARCH, c.Compute(), cfg, WORDS, mesh(devices))
 
 
-PAIRS = [(p.statement, world.reasoning(world.reference_plan(s), s.domain))
-         for p in world.problems("train", 20, seed=1) for s in [p.columns["spec"]]]  # fmt: skip
+def pair(problem: types.Problem) -> tuple[str, str]:
+    spec = problem.columns["spec"]
+    return problem.statement, world.reasoning(world.reference_plan(spec), spec.domain)
+
+
+PAIRS = [pair(problem) for problem in world.problems("train", 20, seed=1)]
 
 
 def test_a_thinking_reward_is_the_sigmoid_of_the_models_score_of_its_row_alone():
     scores = thinking_scorer()(PAIRS)
-    for pair, got in zip(PAIRS[:5], scores[:5], strict=True):
-        ids_1T = np.array(WORDS.reward_ids(*pair))[None]
+    for read, got in zip(PAIRS[:2], scores[:2], strict=True):
+        ids_1T = np.array(WORDS.reward_ids(*read))[None]
         positions_1T = np.arange(ids_1T.shape[1])[None]
         rows = ids_1T, positions_1T, np.ones_like(ids_1T)
         wanted = float(reward.score(params(), ARCH, c.Compute(), *rows)[0])
@@ -235,7 +236,7 @@ def test_a_thinking_reward_does_not_depend_on_its_batch_or_the_devices():
 
 
 def test_a_reasoning_over_the_length_limit_is_not_cut_but_left_without_a_score():
-    lengths = np.array([len(WORDS.reward_ids(*pair)) for pair in PAIRS])
+    lengths = np.array([len(WORDS.reward_ids(*read)) for read in PAIRS])
     limit = int(np.median(lengths))
     scores = thinking_scorer(thinking_max_length=limit)(PAIRS)
     np.testing.assert_array_equal(np.isnan(scores), lengths > limit)
