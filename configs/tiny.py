@@ -9,6 +9,7 @@ README holds the figures that this command prints.
 
 from pgrpo_jax.config import (
     Architecture,
+    Compute,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -30,7 +31,8 @@ def config() -> Config:
     model = ModelConfig(
         architecture=Architecture(
             vocab_size=76, width=64, layers=4, heads=4, kv_heads=4, head_dim=16, mlp=192
-        )
+        ),
+        compute=Compute(scan_unroll=4),
     )
     return Config(
         policy=model,
@@ -39,7 +41,7 @@ def config() -> Config:
         data=DataConfig(max_prompt_length=32),
         world=WorldConfig(train_problems=12000, heldout_problems=384),
         sft=SFTConfig(
-            steps=800,
+            steps=600,
             batch_size=32,
             optimizer=Optimizer(
                 learning_rate=4e-3, warmup_steps=50, schedule="cosine", b2=0.98, weight_decay=0.01
@@ -47,7 +49,7 @@ def config() -> Config:
         ),
         pairs=PairsConfig(problems=6000),
         reward_training=RewardTrainingConfig(
-            steps=500,
+            steps=1000,
             batch_size=32,
             max_length=64,
             trunk="policy",
@@ -57,7 +59,9 @@ def config() -> Config:
         ),
         rollout=RolloutConfig(prompts_per_step=16, max_completion_length=56, prompt_buckets=(32,)),
         rewards=RewardsConfig(thinking_max_length=64, shadow_fraction=0.25),
-        update=UpdateConfig(steps=80, optimizer=Optimizer(learning_rate=1.5e-4, schedule="cosine")),
+        update=UpdateConfig(
+            steps=100, optimizer=Optimizer(learning_rate=1.5e-4, schedule="cosine")
+        ),
         evaluation=EvaluationConfig(every_steps=20),
         judge=JudgeConfig(timeout_s=2.0, memory_mb=256),
     )

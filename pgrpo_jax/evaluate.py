@@ -104,8 +104,12 @@ def pass_at_1(judged: Sequence[Judged]) -> float:
     return float(np.mean(verdicts))
 
 
-def oracle(judged: Sequence[Judged]) -> dict[str, float]:
-    """What the built-in world's oracle says of the reasonings; nothing for other problems."""
+def oracle(judged: Sequence[Judged], thinking_B: np.ndarray | None = None) -> dict[str, float]:
+    """What the built-in world's oracle says of the reasonings; nothing for other problems.
+
+    With R_t of each (NaN where there is none) also `oracle/thinking_auc`: how often the reward
+    model puts a sound reasoning, one without a defect in any dimension, above one that is not.
+    """
     graded = [
         (j.passed, world.grade(j.completion.problem.columns["spec"], j.parsed.reasoning))
         for j in judged
@@ -120,7 +124,19 @@ def oracle(judged: Sequence[Judged]) -> dict[str, float]:
     passing = [grade.perfect for passed, grade in graded if passed]
     if passing:
         values["oracle/perfect_of_passing"] = float(np.mean(passing))
+    if thinking_B is not None:
+        sound_B = np.array([all(getattr(g, name) for name in world.DIMENSIONS) for _, g in graded])
+        scored_B = ~np.isnan(thinking_B)
+        sound, flawed = thinking_B[scored_B & sound_B], thinking_B[scored_B & ~sound_B]
+        if sound.size and flawed.size:
+            values["oracle/thinking_auc"] = area_under_curve(sound, flawed)
     return values
+
+
+def area_under_curve(above: np.ndarray, below: np.ndarray) -> float:
+    """The share of pairs in which the first is the greater, ties a half (Mann-Whitney U / nm)."""
+    gaps = above[:, None] - below[None, :]
+    return float(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
 
 
 def run(cfg: config.Config) -> None:

@@ -124,12 +124,18 @@ PASS_AT_1: tuple[tuple[str, str, charts.Color], ...] = (
 ORACLE = Plot(
     "Oracle-perfect reasonings",
     (
-        ("eval/oracle_perfect_of_passing", "of passing, held out", "violet"),
+        ("eval/oracle/perfect_of_passing", "of passing, held out", "violet"),
         ("oracle/perfect_of_passing", "of passing, in training", "teal"),
         ("oracle/perfect", "of all, in training", "muted"),
     ),
     percent=True,
     note="The world's own oracle grades them; it is never a reward.",
+)
+ORACLE_AUC = Plot(
+    "Reward model against the oracle",
+    (("oracle/thinking_auc", "sound above flawed", "violet"),),
+    percent=True,
+    note="On the policy's own reasonings; 50 % is a coin.",
 )
 REWARD_MODEL = (
     Plot("Bradley-Terry loss", (("loss", "nats a pair", "blue"),)),
@@ -207,7 +213,7 @@ def evaluation(stages: Mapping[str, Series], summary: Mapping[str, Any]) -> list
     if drawn:
         note = f"Bands: 95 % Wilson intervals of {count} answers." if count else ""
         figures.append(Figure("pass@1", charts.lines(drawn, percent=True), legend_of(drawn), note))
-    return figures + draw_all([ORACLE], ordered)
+    return figures + draw_all([ORACLE, ORACLE_AUC], ordered)
 
 
 def answers(summary: Mapping[str, Any]) -> int:

@@ -185,7 +185,7 @@ class Loop:
         return {
             **{name: float(value) for name, value in values.items()},
             **scored.values,
-            **evaluate.oracle(judged),
+            **evaluate.oracle(judged, scored.terms["thinking"]),
             **length_metrics(scored.completions),
             **seconds,
             **speed,

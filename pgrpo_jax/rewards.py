@@ -279,6 +279,7 @@ def reward_metrics(
         _put_mean(values, f"rewards/{name}/mean", terms[name])
     scored_B = ~np.isnan(terms["thinking"])
     lengths_B = np.array([len(p.reasoning) for p in parsed], float)
+    values["completions/reasoning_characters"] = float(lengths_B.mean())
     both = terms["thinking"][scored_B], lengths_B[scored_B]
     if scored_B.sum() > 2 and all(np.std(x) > 0 for x in both):
         values["rewards/thinking/length_correlation"] = float(np.corrcoef(*both)[0, 1])

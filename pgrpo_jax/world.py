@@ -395,14 +395,21 @@ def grade(spec: Spec, text: str) -> Grade:
 
 
 def _draw_plan(spec: Spec, rng: random.Random) -> tuple[Plan, Plan]:
-    """A plan of mixed quality, and the plan that its program follows."""
+    """A plan of mixed quality, and the plan that its program follows.
+
+    Most programs follow their reasoning; some slip, and some are right in spite of it. So neither
+    of the two rewards can stand for the other.
+    """
     truth, draw = reference_plan(spec), rng.random()
-    if draw < 0.4:
-        return truth, truth
-    if draw < 0.65:
-        return initial_plan(spec, rng), truth
-    plan = degraded_plan(spec, rng.choice(DIMENSIONS), rng)
-    return plan, plan if rng.random() < 0.7 else truth
+    if draw < 0.6:
+        followed = truth if rng.random() < 0.9 else degraded_plan(spec, _dimension(rng), rng)
+        return (truth if draw < 0.25 else initial_plan(spec, rng)), followed
+    plan = degraded_plan(spec, _dimension(rng), rng)
+    return plan, plan if rng.random() < 0.8 else truth
+
+
+def _dimension(rng: random.Random) -> Dimension:
+    return rng.choice(DIMENSIONS)
 
 
 def _malform(text: str, rng: random.Random) -> str:
@@ -410,7 +417,7 @@ def _malform(text: str, rng: random.Random) -> str:
 
 
 def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows `prompt`, `completion` of mixed quality: 40 % good, 25 % terse or wordy, 35 % degraded;
+    """Rows `prompt`, `completion` of mixed quality: 25 % good, 35 % terse or wordy, 40 % degraded;
     10 % malformed."""
     rng = random.Random(zlib.crc32(f"sft/{seed}".encode()))
     for _ in range(count):

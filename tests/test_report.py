@@ -132,7 +132,7 @@ def write_run(workdir: pathlib.Path) -> None:
                 {
                     "eval/pass@1": 0.349 + 0.43 * done,
                     "eval/pass@1_greedy": 0.711 + 0.12 * done,
-                    "eval/oracle_perfect_of_passing": 0.31 + 0.37 * done,
+                    "eval/oracle/perfect_of_passing": 0.31 + 0.37 * done,
                 },
             )
     (workdir / "config.json").write_text(cli.to_json(SETTINGS))
