@@ -19,7 +19,8 @@ import queue
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -65,7 +66,7 @@ MEASURES = (
     Measure("entropy", "grpo", "entropy", percent=False),
 )
 
-Rows = list[dict[str, float]]
+Rows = list[dict[str, Any]]
 Runs = dict[tuple[str, int], Rows]
 
 
@@ -91,7 +92,7 @@ def main(arguments: Arguments) -> None:
     with concurrent.futures.ThreadPoolExecutor(cores.qsize()) as pool:
         list(pool.map(lambda seed: make_start(arguments, seed, cores), arguments.seeds))
         pairs = [(v, seed) for seed in arguments.seeds for v in arguments.variants]
-        list(pool.map(lambda pair: train(arguments, *pair, cores), pairs))
+        list(pool.map(lambda pair: train(arguments, pair[0], pair[1], cores), pairs))
     runs = {
         pair: list(metrics.read_rows(folder(arguments, *pair) / "metrics.jsonl")) for pair in pairs
     }
@@ -217,7 +218,13 @@ def difference_table(runs: Runs, variants: Sequence[str]) -> rich.table.Table:
     return _table(f"less {BASELINE}, by seed", runs, others, difference, True)
 
 
-def _table(title, runs: Runs, variants: Sequence[str], value, sign: bool) -> rich.table.Table:
+def _table(
+    title: str,
+    runs: Runs,
+    variants: Sequence[str],
+    value: Callable[[Rows, int, Measure], float],
+    sign: bool,
+) -> rich.table.Table:
     found = rich.table.Table(title)
     for measure in MEASURES:
         found.add_column(measure.name + (" %" if measure.percent else ""), justify="right")

@@ -38,29 +38,29 @@ def config() -> Config:
         policy=model,
         reward_model=model,
         workdir="runs/tiny",
-        data=DataConfig(max_prompt_length=32),
+        data=DataConfig(max_prompt_length=28),
         world=WorldConfig(train_problems=12000, heldout_problems=384),
         sft=SFTConfig(
-            steps=600,
+            steps=900,
             batch_size=32,
             optimizer=Optimizer(
                 learning_rate=4e-3, warmup_steps=50, schedule="cosine", b2=0.98, weight_decay=0.01
             ),
         ),
-        pairs=PairsConfig(problems=6000),
+        pairs=PairsConfig(problems=5000),
         reward_training=RewardTrainingConfig(
-            steps=1000,
+            steps=800,
             batch_size=32,
-            max_length=64,
+            max_length=60,
             trunk="policy",
             optimizer=Optimizer(
                 learning_rate=1e-3, warmup_steps=30, schedule="cosine", b2=0.98, weight_decay=0.01
             ),
         ),
-        rollout=RolloutConfig(prompts_per_step=16, max_completion_length=56, prompt_buckets=(32,)),
-        rewards=RewardsConfig(thinking_max_length=64, shadow_fraction=0.25),
+        rollout=RolloutConfig(prompts_per_step=16, max_completion_length=52, prompt_buckets=(28,)),
+        rewards=RewardsConfig(thinking_max_length=60, shadow_fraction=0.25),
         update=UpdateConfig(
-            steps=100, optimizer=Optimizer(learning_rate=1.5e-4, schedule="cosine")
+            steps=100, optimizer=Optimizer(learning_rate=2.5e-4, schedule="cosine")
         ),
         evaluation=EvaluationConfig(every_steps=20),
         judge=JudgeConfig(timeout_s=2.0, memory_mb=256),

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from pgrpo_jax import allocator
 from pgrpo_jax.config import Config, require
 
 DEFAULT = "tiny"
@@ -52,6 +53,7 @@ def run(main: Callable[[Config], None], doc: str, argv: Sequence[str] | None = N
     if line.dry_run:
         print(to_json(line.run))
     else:
+        allocator.keep_freed_memory()
         main(line.run)
 
 

@@ -130,7 +130,7 @@ def terminal_tables(summary: Mapping[str, Any]) -> list[rich.table.Table]:
         times = _table("Phase", "seconds", "tokens/s")
         for name, phase in phases.items():
             times.add_row(name, f"{phase['seconds']:,.1f}", speed(phase))
-        times.add_row("all", f"{sum(phase['seconds'] for phase in phases.values()):,.1f}", "")
+        times.add_row("all", f"{whole_seconds(phases):,.1f}", "")
         tables.append(times)
     return tables
 
@@ -141,6 +141,11 @@ def _table(first: str, *others: str) -> rich.table.Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def whole_seconds(phases: Mapping[str, Any]) -> float:
+    """Of all phases; `grpo/rollout` is a part of `grpo`, and adding it would count it twice."""
+    return sum(phase["seconds"] for name, phase in phases.items() if "/" not in name)
 
 
 def speed(phase: Mapping[str, Any]) -> str:
@@ -163,6 +168,7 @@ def render(run: Run) -> str:
         scores=scores(run.summary),
         answers=figures.answers(run.summary),
         phases=run.summary.get("phases", {}),
+        whole_seconds=whole_seconds(run.summary.get("phases", {})),
         sections=figures.sections(run.stages, run.summary),
         samples=run.samples,
         settings=json.dumps(run.settings, indent=2),

@@ -401,9 +401,9 @@ def _draw_plan(spec: Spec, rng: random.Random) -> tuple[Plan, Plan]:
     of the two rewards can stand for the other.
     """
     truth, draw = reference_plan(spec), rng.random()
-    if draw < 0.6:
-        followed = truth if rng.random() < 0.9 else degraded_plan(spec, _dimension(rng), rng)
-        return (truth if draw < 0.25 else initial_plan(spec, rng)), followed
+    if draw < 0.65:
+        followed = truth if rng.random() < 0.95 else degraded_plan(spec, _dimension(rng), rng)
+        return (truth if draw < 0.3 else initial_plan(spec, rng)), followed
     plan = degraded_plan(spec, _dimension(rng), rng)
     return plan, plan if rng.random() < 0.8 else truth
 
@@ -417,7 +417,7 @@ def _malform(text: str, rng: random.Random) -> str:
 
 
 def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows `prompt`, `completion` of mixed quality: 25 % good, 35 % terse or wordy, 40 % degraded;
+    """Rows `prompt`, `completion` of mixed quality: 30 % good, 35 % terse or wordy, 35 % degraded;
     10 % malformed."""
     rng = random.Random(zlib.crc32(f"sft/{seed}".encode()))
     for _ in range(count):
@@ -434,16 +434,17 @@ def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[
 def pair_rows(
     pool: list[types.Problem], dimensions: tuple[Dimension, ...], seed: int
 ) -> Iterator[dict[str, str]]:
-    """OD pairs: optimised > initial once a problem; optimised > degraded and initial > degraded
-    once a dimension."""
+    """OD pairs: for each problem and dimension one of each kind, optimised > initial, optimised >
+    degraded and initial > degraded."""
     rng = random.Random(zlib.crc32(f"pairs/{seed}".encode()))
     for problem in pool:
         spec = problem.columns["spec"]
         optimised = reasoning(reference_plan(spec), spec.domain)
-        initial = reasoning(initial_plan(spec, rng), spec.domain)
-        sides: list[tuple[str, str, str, str]] = [("optimised>initial", "all", optimised, initial)]
+        sides: list[tuple[str, str, str, str]] = []
         for dimension in dimensions:
+            initial = reasoning(initial_plan(spec, rng), spec.domain)
             degraded = reasoning(degraded_plan(spec, dimension, rng), spec.domain)
+            sides.append(("optimised>initial", dimension, optimised, initial))
             sides.append(("optimised>degraded", dimension, optimised, degraded))
             sides.append(("initial>degraded", dimension, initial, degraded))
         for kind, found_along, chosen, rejected in sides:

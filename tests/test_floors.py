@@ -6,6 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
+    10: "benchmarks.gates benchmarks.real_input benchmarks.allocator",
     9: "train",  # the whole run: it calls the stages
     8: "grpo",
     7: "sft make_pairs train_reward evaluate rewards",
@@ -15,8 +16,8 @@ FLOORS = {
     3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
     2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_run",
     1: "sharding algo world cli figures sandbox_proxy",
-    0: "types config rng masked metrics parse compare charts interrupt progress sandbox_wire "
-    "sandbox_jail",
+    0: "types config rng masked metrics allocator parse compare charts interrupt progress "
+    "sandbox_wire sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}

@@ -87,7 +87,12 @@ def summary(final_metrics: dict[str, float]) -> dict:
         low, high = metrics.wilson_interval(share * HELD_OUT, HELD_OUT)
         return {"value": share, "low": low, "high": high, "n": HELD_OUT}
 
-    phases = {"sft": (140.0, 1_800_000), "reward_model": (70.0, 900_000), "grpo": (110.0, 560_000)}
+    phases = {
+        "sft": (140.0, 1_800_000),
+        "reward_model": (70.0, 900_000),
+        "grpo": (110.0, 560_000),
+        "grpo/update": (80.0, 560_000),
+    }
     return {
         "pass@1": {
             "before": {"sampled": score(0.349), "greedy": score(0.711)},
