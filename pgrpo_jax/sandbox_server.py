@@ -21,6 +21,7 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from pgrpo_jax import sandbox_jail, sandbox_slot, sandbox_wire, sandbox_work
@@ -82,18 +83,34 @@ class _Server:
         reasons = []
         for self._tier in tiers:
             slot = self._new_slot()
-            while not (slot.ready or slot.broken):
-                self._loop.turn(slot.next_look() - time.monotonic())
-                slot.look(time.monotonic())
-            if slot.ready:
+            self._wait_for(slot, lambda slot=slot: slot.ready)
+            if slot.ready and not (breaches := self._probe(slot)):
                 self._slots.append(slot)
                 self._slots += [self._new_slot() for _ in range(self._settings["workers"] - 1)]
                 self._tell(0, {"tier": self._tier, "said": slot.said})
                 return True
-            reasons.append(f"{self._tier}: {slot.said or 'the slot died'}")
+            said = f"a program could {', '.join(breaches)}" if slot.ready else slot.said
+            reasons.append(f"{self._tier}: {said or 'the slot died'}")
             slot.close()
         self._tell(0, {"refused": "; ".join(reasons)})
         return False
+
+    def _wait_for(self, slot: sandbox_slot.Slot, what: Callable[[], bool]) -> None:
+        while not (what() or slot.broken):
+            self._loop.turn(slot.next_look() - time.monotonic())
+            slot.look(time.monotonic())
+
+    def _probe(self, slot: sandbox_slot.Slot) -> list[str]:
+        """The embedded attacks that get through: there must be none."""
+        breaches: list[str] = []
+
+        def work() -> sandbox_slot.Work:
+            breaches.extend((yield from sandbox_work.probe(slot, __file__, self._temporary())))
+
+        slot.work = work()
+        slot.resume()
+        self._wait_for(slot, lambda: slot.work is None)
+        return breaches if slot.work is None else ["break the slot"]
 
     def _new_slot(self) -> sandbox_slot.Slot:
         scratch = "/tmp"
@@ -115,12 +132,15 @@ class _Server:
 
     def _folder(self) -> str:
         if not self._base:
-            place = next(
-                p for p in ("/dev/shm", "/var/tmp", "/tmp") if os.access(p, os.W_OK | os.X_OK)
+            self._base = os.path.join(
+                self._temporary(), f"judge-{os.getpid()}-{os.urandom(6).hex()}"
             )
-            self._base = os.path.join(place, f"judge-{os.getpid()}-{os.urandom(6).hex()}")
             os.mkdir(self._base, 0o700)
         return self._base
+
+    def _temporary(self) -> str:
+        places = ("/dev/shm", "/var/tmp", "/tmp")
+        return next(place for place in places if os.access(place, os.W_OK | os.X_OK))
 
     def _rebuild(self, slot: sandbox_slot.Slot) -> None:
         self._slots.remove(slot)

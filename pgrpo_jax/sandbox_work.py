@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-from pgrpo_jax import compare, sandbox_slot, sandbox_wire
+from pgrpo_jax import compare, sandbox_probes, sandbox_slot, sandbox_wire
 
 Work = Generator[None, None, dict[str, Any]]
 SCRATCH_MB = 64
@@ -70,6 +70,23 @@ def judge(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
         tally.add("error", "the program is empty")
         return tally.result()
     return (yield from _KINDS[job["kind"]](slot, job))
+
+
+def probe(
+    slot: sandbox_slot.Slot, outside: str, temporary: str
+) -> Generator[None, None, list[str]]:
+    """The attacks that this slot does not hold off; what is odd about the attempt itself counts."""
+    limits = sandbox_slot.Limits(20.0, 512, 64, SCRATCH_MB)
+    file = sandbox_slot.sealed_file(sandbox_probes.program().encode())
+    stdin = sandbox_probes.stdin(outside, temporary)
+    run = slot.start(sandbox_wire.SCRIPT, file, limits, stdin)
+    os.close(file)
+    while not run.over:
+        yield
+    lines = bytes(run.output).decode().split("\n")
+    if run.status != 0 or lines[-2:] != ["done", ""]:
+        return [f"the attacks could not be tried: {_last_line(run) or run.stopped}"]
+    return lines[:-2]
 
 
 def total(job: dict[str, Any]) -> int:
