@@ -1,7 +1,8 @@
-"""Small attacks that the judge makes on its own jail before it trusts it, each the body of a program.
+"""Small attacks that the judge makes on its own jail before it trusts it.
 
-A tier counts only if all of them are held off on this machine, tried through the same path as any
-program. A probe gets through if it ends without an exception; one that gets through does no harm.
+Each is a piece of a program. A tier counts only if all of them are held off on this machine, tried
+through the same path as any program. A probe gets through if it ends without an exception; one that
+gets through does no harm.
 
 Part of the sandbox: standard library only.
 """

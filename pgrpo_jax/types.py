@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+if TYPE_CHECKING:  # a judge at a command line starts without
+    import numpy as np
 
 Verdict = Literal["pass", "fail", "timeout", "memory", "error", "infra"]
 TestKind = Literal["stdin", "call", "assert", "unittest"]
@@ -18,6 +19,10 @@ class Tests:
     call      `function` is called with the arguments `inputs[i]` (a tuple) for `outputs[i]`
     assert    `code[i]` is a statement that must not raise, run after the program and `setup`
     unittest  `code` holds one module with `unittest.TestCase` classes
+
+    What scripts print is compared as `compare` says, see `compare.TEXT`, unless there is a
+    `checker`: "module:function" of yours, f(input, wanted, printed) -> bool, which is trusted, or
+    the source of a program that is not, see `sandbox_check`.
     """
 
     kind: TestKind
@@ -26,9 +31,12 @@ class Tests:
     code: tuple[str, ...] = ()
     function: str = ""
     setup: str = ""
-    compare: Literal["lines", "tokens", "unordered_lines", "exact"] = "lines"  # of stdin tests
+    compare: Literal["lines", "tokens", "floats", "unordered_lines", "exact"] = "lines"
+    checker: str = ""
 
     def __post_init__(self):
+        if self.kind != "stdin" and (self.checker or self.compare != "lines"):
+            raise ValueError(f"`compare` and `checker` are for stdin tests, got kind {self.kind!r}")
         if self.kind in ("stdin", "call") and len(self.inputs) != len(self.outputs):
             raise ValueError(
                 f"tests of kind {self.kind!r} need one output for each input, got "
@@ -66,6 +74,8 @@ class Result:
     `verdicts` has one entry a test that ran. `failure` says in words what the first failing test
     wanted and got, trimmed. "infra" is a failure of the judge: retried, then left out of the
     batch, never a zero. `cpu_s` and `wall_s` are seconds over all tests, `peak_mb` is megabytes.
+    `tier` is the jail that held the program and `denied` names the system calls that it refused.
+    `weak`: the tests need the program's own interpreter, where it can say what it likes.
     """
 
     verdict: Verdict
@@ -77,6 +87,8 @@ class Result:
     wall_s: float = 0.0
     peak_mb: float = 0.0
     weak: bool = False
+    tier: str = ""
+    denied: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +101,9 @@ class Completion:
     """
 
     problem: Problem
-    prompt_ids: np.ndarray
-    ids: np.ndarray
-    logps: np.ndarray
+    prompt_ids: "np.ndarray"
+    ids: "np.ndarray"
+    logps: "np.ndarray"
     truncated: bool
     group: int
     sample: int
