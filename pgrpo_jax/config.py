@@ -32,6 +32,7 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 Dimension = Literal["accuracy", "rigor", "coherence"]
+Tier = Literal["auto", "namespaces", "landlock"]
 
 
 def require(truth: bool, sentence: str) -> None:
@@ -287,7 +288,7 @@ class JudgeConfig(Settings):
     memory_mb: Positive = 1024
     output_kb: Positive = 1024
     queue: Positive = 4096  # programs that wait; then whoever hands in another waits as well
-    tier: Literal["auto", "namespaces", "landlock"] = "auto"  # auto: the stronger here
+    tier: Tier = "auto"  # auto: the stronger here
     allow_unsafe: bool = False  # run programs even where no jail holds
     accept_weak: bool = False  # passes that the program could have made up count
     canary_every_steps: Count = 50  # known-bad programs are judged, and must not pass; 0: never

@@ -74,6 +74,7 @@ class Judge:
                 + "; ".join(f"{tier}: {why}" for tier, why in self.refused.items())
             )
         self.tier: str = said["tier"]
+        self.said: str = said["said"]  # the tier and what it is made of
         if self.tier == "unsafe":
             _warn(said["breaches"])
         self._reader = threading.Thread(target=self._read, name="judge", daemon=True)
@@ -208,6 +209,7 @@ class Judge:
             "accept_weak": cfg.accept_weak,
         }
         limits |= {name: value for name, value in own.items() if value is not None}
+        limits["program_timeout_s"] = max(limits["program_timeout_s"], limits["timeout_s"])
         job: dict[str, Any] = {f.name: getattr(tests, f.name) for f in dataclasses.fields(tests)}
         job |= {"program": program, "limits": limits}
         try:

@@ -22,10 +22,6 @@ WRONG = (1, 2)
 _NAME = re.compile(r"[\w.]+:\w+")
 
 
-class CheckerError(Exception):
-    """The checker failed, not the program."""
-
-
 def difference(
     slot: sandbox_slot.Slot, job: dict[str, Any], given: str, want: str, got: bytes
 ) -> Generator[None, None, str]:
@@ -44,7 +40,9 @@ def _trusted(name: str) -> Callable[[str, str, str], bool]:
     try:
         return vars(importlib.import_module(module))[function]
     except Exception as error:  # importing runs code of any kind
-        raise CheckerError(f"the checker {name!r} cannot be imported: {error!r}") from error
+        raise sandbox_slot.InfraError(
+            f"the checker {name!r} cannot be imported: {error!r}"
+        ) from error
 
 
 def _asked(
@@ -53,7 +51,7 @@ def _asked(
     try:
         right = function(given, want, got.decode("utf-8", "surrogateescape"))
     except Exception as error:
-        raise CheckerError(f"the checker {name!r} raised {error!r}") from error
+        raise sandbox_slot.InfraError(f"the checker {name!r} raised {error!r}") from error
     return "" if right is True else f"{name} refuses {compare.brief(got)}"
 
 
@@ -74,4 +72,4 @@ def _jailed(
         return ""
     if run.status in WRONG and not run.stopped:
         return said or "the checker refuses the output"
-    raise CheckerError(f"the checker ended with {run.stopped or run.status}: {said}")
+    raise sandbox_slot.InfraError(f"the checker ended with {run.stopped or run.status}: {said}")

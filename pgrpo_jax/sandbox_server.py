@@ -120,7 +120,7 @@ class _Server:
         try:
             result = yield from sandbox_work.judge(slot, job.content)
         except Exception as error:  # whatever goes wrong in the judge is no verdict
-            if not isinstance(error, sandbox_work.CheckerError):
+            if not isinstance(error, sandbox_slot.InfraError):
                 slot.broken = True
                 traceback.print_exc()
             del self._running[slot]

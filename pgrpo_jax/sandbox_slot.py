@@ -49,6 +49,7 @@ LONGEST_TURN_S = 3600.0
 START_S, KILL_S = 60.0, 10.0  # a slot that takes longer is broken
 PIPE_READ = 1 << 16
 SCRATCH_MB, MOST_FILES = 64, 2048  # in the scratch folder
+MOST_THREADS = 64  # that are looked at
 MOST_DENIALS = 64  # refused system calls that are answered one by one
 WALL_FACTOR, WALL_MORE_S = 20, 10.0  # seconds on the wall for one of CPU, and for everything
 CORES = os.cpu_count() or 1
@@ -100,7 +101,8 @@ class Limits:
 class Run:
     """One process in a slot: from the order to its report and the end of its pipes.
 
-    `stopped` says why the judge ended it: "timeout", "memory", "output", "channel", "over" or "".
+    `stopped` says why the judge ended it: "timeout", "memory", "output", "over", "busy" (the
+    machine, with other things) or "".
     """
 
     def __init__(self, slot: "Slot", number: int, limits: Limits):
@@ -112,7 +114,8 @@ class Run:
         self.stopped = ""
         self.started = self.part_started = time.monotonic()
         self.look_at = self.started + START_S
-        self.part_cpu_s = 0.0
+        self.part_cpu_s = self.part_waited_s = 0.0
+        self.companion: Run | None = None  # the other process of a pair
         self.denied: set[str] = set()  # names of system calls that were refused
         self._denials = 0
         self._listener = -1
@@ -150,7 +153,9 @@ class Run:
 
     def begin_part(self) -> None:
         """The next test: CPU and wall seconds count from here."""
-        self.part_started = time.monotonic()
+        self.part_started = now = time.monotonic()
+        if now - self.started > self.limits.idle_s:  # before that nobody asks
+            self.part_waited_s = self._waited_for_a_core()
         self.part_cpu_s = self.cpu_clock()
 
     def cpu_clock(self) -> float:
@@ -160,6 +165,14 @@ class Run:
                 self.cpu_s = time.clock_gettime((~self.pid << 3) | 2)
         return self.cpu_s
 
+    def part_s(self) -> float:
+        """CPU seconds of the part so far."""
+        return self.cpu_clock() - self.part_cpu_s
+
+    def waited_s(self) -> float:
+        """Seconds of the part in which its threads could have run but the machine was busy."""
+        return max(self._waited_for_a_core() - self.part_waited_s, 0.0)
+
     def look(self, now: float) -> None:
         """Has it used up something? Called when `look_at` has come, and when a part has ended."""
         if self.status is not None or now < self.look_at:
@@ -167,15 +180,18 @@ class Run:
         if self.stopped or not self.pid:
             self.slot.broken = True  # did not start, or did not die when it was killed
             return
-        cpu_s = self.cpu_clock()
-        left = min(self.limits.cpu_s - (cpu_s - self.part_cpu_s), self.limits.whole_s - cpu_s)
+        left = min(self.limits.cpu_s - self.part_s(), self.limits.whole_s - self.cpu_s)
         wall = now - self.part_started
-        if left <= 0 or wall > self.limits.wall_s:
+        if left <= 0:
             return self.stop("timeout")
-        if now - self.started > WALL_FACTOR * self.limits.whole_s + WALL_MORE_S:
-            return self.stop("timeout")
-        if wall > self.limits.idle_s and wall - self._waited_for_a_core() > self.limits.idle_s:
-            return self.stop("timeout")
+        if wall > self.limits.idle_s:
+            waited = self.waited_s()
+            if self.companion is not None:  # one of them waits while the other works
+                waited += self.companion.waited_s() + self.companion.part_s()
+            if wall - waited > self.limits.idle_s:
+                return self.stop("timeout")
+            if wall > self.limits.wall_s:
+                return self.stop("busy")
         if self._memory_mb() > self.limits.memory_mb:
             return self.stop("memory")
         if self.slot.scratch_is_full(self.limits.scratch_mb):
@@ -189,13 +205,12 @@ class Run:
             self.slot.send(sandbox_wire.ORDER.pack(sandbox_wire.KILL, self.number, 0, 0, 0, 0))
 
     def _waited_for_a_core(self) -> float:
-        """Seconds that it could have run but the machine was busy."""
-        with (
-            contextlib.suppress(OSError, ValueError, IndexError),
-            open(f"/proc/{self.pid}/schedstat") as file,
-        ):
-            return int(file.read().split()[1]) * 1e-9
-        return 0.0
+        waited_ns = 0
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for thread in os.listdir(f"/proc/{self.pid}/task")[:MOST_THREADS]:
+                with open(f"/proc/{self.pid}/task/{thread}/schedstat") as file:
+                    waited_ns += int(file.read().split()[1])
+        return waited_ns * 1e-9
 
     def _memory_mb(self) -> float:
         with (
@@ -237,6 +252,10 @@ class Run:
 
 
 Work = Generator[None, None, Any]
+
+
+class InfraError(Exception):
+    """The judge failed, not the program."""
 
 
 class Slot:

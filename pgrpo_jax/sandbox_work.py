@@ -18,7 +18,6 @@ from pgrpo_jax import compare, sandbox_check, sandbox_probes, sandbox_slot, sand
 Work = Generator[None, None, dict[str, Any]]
 LONGEST_FAILURE = 600  # characters
 WEAK = "the tests passed in the program's own interpreter, which proves nothing"
-CheckerError = sandbox_check.CheckerError
 
 
 class Tally:
@@ -85,10 +84,6 @@ class Tally:
         }
 
 
-class InfraError(Exception):
-    """The judge failed, not the program."""
-
-
 def judge(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     """The work of one job: `program`, the fields of `types.Tests`, and `limits`."""
     if not job["program"].strip():
@@ -124,7 +119,10 @@ def _stopped(run: sandbox_slot.Run) -> tuple[str, str] | None:
     """The verdict if the judge ended the run or it never began."""
     limits = run.limits
     if not run.pid:
-        raise InfraError("a process could not be started")
+        run.slot.broken = True
+        raise sandbox_slot.InfraError("a process could not be started")
+    if run.stopped == "busy":
+        raise sandbox_slot.InfraError(f"no time on a busy machine in {limits.wall_s:g} s")
     if run.stopped == "timeout":
         return "timeout", f"stopped after {limits.cpu_s:g} s of CPU, or as long a sleep"
     if run.stopped == "memory" or run.peak_mb > limits.memory_mb:
@@ -201,7 +199,8 @@ def _calls(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     calls: list[tuple[Any, Any, dict[str, Any]]] = [
         (job["function"], arguments, {}) for arguments in job["inputs"]
     ]
-    return (yield from _call_all(slot, job, calls, job["outputs"], compare.values))
+    equal = compare.wrapped_values if job["wrapped"] else compare.values
+    return (yield from _call_all(slot, job, calls, job["outputs"], equal))
 
 
 def _call_all(
@@ -224,7 +223,7 @@ def _call_all(
             if not channel.messages:
                 break
             verdict, why = _reply_verdict(channel.messages.pop(0), want, equal, number == 0)
-            if run.cpu_clock() - run.part_cpu_s > run.limits.cpu_s:
+            if run.part_s() > run.limits.cpu_s:
                 verdict, why = "timeout", f"took more than {run.limits.cpu_s:g} s of CPU"
             run.begin_part()
             if number == 0 and verdict == "pass":
@@ -296,6 +295,8 @@ def _session(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
         files.append(sandbox_slot.sealed_file(sandbox_wire.dumps(tests_job)))
         more = (ours.detach(), verdicts.given)
         runs.append(slot.start(sandbox_wire.TESTS, files[-1], limits, more=more))
+        if not weak:
+            runs[0].companion, runs[1].companion = runs[1], runs[0]
         ended = yield from _listen(verdicts, runs, tally, job["kind"] == "unittest")
         for run in runs:
             run.stop("over")
@@ -328,7 +329,7 @@ def _listen(
         if not verdicts.messages:
             return False
         verdict, why = sandbox_wire.loads(verdicts.messages.pop(0))
-        if any(run.cpu_clock() - run.part_cpu_s > run.limits.cpu_s for run in runs):
+        if any(run.part_s() > run.limits.cpu_s for run in runs):
             verdict, why = "timeout", f"took more than {runs[0].limits.cpu_s:g} s of CPU"
         for run in runs:
             run.begin_part()

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # a judge at a command line starts without
     import numpy as np
 
 Verdict = Literal["pass", "fail", "timeout", "memory", "error", "infra"]
 TestKind = Literal["stdin", "call", "assert", "unittest"]
+Comparison = Literal["lines", "tokens", "floats", "unordered_lines", "exact"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Tests:
     """Every test of one problem, in one of four kinds.
 
     stdin     the program is a script; `inputs[i]` is its standard input, `outputs[i]` its output
-    call      `function` is called with the arguments `inputs[i]` (a tuple) for `outputs[i]`
+    call      `function` is called with the arguments `inputs[i]` (a tuple) for `outputs[i]`;
+              `wrapped`: an output that is a list of one may stand for what is in it
     assert    `code[i]` is a statement that must not raise, run after the program and `setup`
     unittest  `code` holds one module with `unittest.TestCase` classes
 
@@ -31,10 +33,17 @@ class Tests:
     code: tuple[str, ...] = ()
     function: str = ""
     setup: str = ""
-    compare: Literal["lines", "tokens", "floats", "unordered_lines", "exact"] = "lines"
+    compare: Comparison = "lines"
     checker: str = ""
+    wrapped: bool = False
 
     def __post_init__(self):
+        for name, value, known in (
+            ("kind", self.kind, get_args(TestKind)),
+            ("compare", self.compare, get_args(Comparison)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name!r} must be one of {', '.join(known)}, got {value!r}")
         if self.kind != "stdin" and (self.checker or self.compare != "lines"):
             raise ValueError(f"`compare` and `checker` are for stdin tests, got kind {self.kind!r}")
         if self.kind in ("stdin", "call") and len(self.inputs) != len(self.outputs):

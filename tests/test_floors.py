@@ -6,9 +6,9 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    9: "train",  # the whole run: it calls the stages
+    9: "train judge",  # the whole run: it calls the stages
     8: "grpo",
-    7: "sft make_pairs train_reward evaluate rewards",
+    7: "sft make_pairs train_reward evaluate rewards canaries",
     6: "start fit update supervised report summary sandbox sandbox_server",
     5: "rollout models.reward checkpoint sandbox_pool",
     4: "models.decoder models.load data sandbox_work sandbox_zygote",
