@@ -87,6 +87,20 @@ answer = "pass"
 }
 
 
+class FooledError(RuntimeError):
+    """The judge lets programs pass that no judge may."""
+
+
+def stop_if_fooled(judge: sandbox.Judge, step: int) -> None:
+    """FooledError, in place of training on, if a canary passes."""
+    if names := passing(judge):
+        raise FooledError(
+            f"before step {step} the judge let known-bad programs pass, so no reward since it last "
+            f"held them off can be trusted, and training stops: {', '.join(names)}; run "
+            "`python -m pgrpo_jax.judge --self-test` to see what holds on this machine"
+        )
+
+
 def tests() -> list[types.Tests]:
     """One of each kind, all of which want the same new word."""
     word = _MARK + os.urandom(8).hex()

@@ -145,3 +145,14 @@ def test_no_canary_passes_and_a_judge_that_is_fooled_is_found_out():
     assert len(canaries.passing(Fooled("pass"))) == 4 * len(canaries.CANARIES)
     with pytest.raises(RuntimeError, match="could not judge its canaries: leaves early"):
         canaries.passing(Fooled("infra"))
+
+
+def test_training_stops_with_a_sentence_when_a_canary_passes():
+    class Fooled:
+        def batch(self, pairs):
+            return [types.Result("pass", 1, 1) for _ in pairs]
+
+    with pytest.raises(
+        canaries.FooledError, match=r"before step 50 .* training stops: leaves early"
+    ):
+        canaries.stop_if_fooled(Fooled(), 50)
