@@ -59,5 +59,5 @@ def config() -> Config:
         ),
         update=UpdateConfig(steps=100, micro_batch_size=4),
         evaluation=EvaluationConfig(every_steps=25),
-        judge=JudgeConfig(workers=4),
+        judge=JudgeConfig(),
     )

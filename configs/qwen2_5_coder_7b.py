@@ -71,6 +71,6 @@ def config() -> Config:
             optimizer=Optimizer(learning_rate=1e-6),
         ),
         evaluation=EvaluationConfig(every_steps=20),
-        judge=JudgeConfig(workers=64, timeout_s=6.0),
+        judge=JudgeConfig(timeout_s=6.0),
         mesh=MeshConfig(tensor=4),
     )

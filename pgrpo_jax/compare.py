@@ -41,6 +41,15 @@ def tokens(want: str, got: bytes) -> str:
     return "" if len(wanted) == len(came) else f"wanted {len(wanted)} words, got {len(came)}"
 
 
+def floats(want: str, got: bytes) -> str:
+    """The same tokens in order; any two numbers within TOLERANCE, a wanted integer as well."""
+    wanted, came = _bytes(want).split(), got.split()
+    for number, (a, b) in enumerate(zip(wanted, came, strict=False), 1):
+        if not (_same_token(a, b) or _close_tokens(a, b)):
+            return f"word {number}: wanted {brief(a)}, got {brief(b)}"
+    return "" if len(wanted) == len(came) else f"wanted {len(wanted)} words, got {len(came)}"
+
+
 def unordered_lines(want: str, got: bytes) -> str:
     """The same lines in any order, each as written but for trailing blanks."""
     wanted, came = sorted(_lines(_bytes(want))), sorted(_lines(got))
@@ -58,6 +67,7 @@ def exact(want: str, got: bytes) -> str:
 TEXT: dict[str, Callable[[str, bytes], str]] = {
     "lines": lines,
     "tokens": tokens,
+    "floats": floats,
     "unordered_lines": unordered_lines,
     "exact": exact,
 }
@@ -91,7 +101,15 @@ def _same_token(wanted: bytes, came: bytes) -> bool:
     if _INTEGER.fullmatch(wanted):
         # "2.0" meets "2"; "02" does not: zeros in front are digits of a text
         return not _INTEGER.fullmatch(came) and _decimal(wanted) == _decimal(came)
-    return bool(_DECIMAL.fullmatch(wanted)) and _close(float(wanted), float(came))
+    return _close_tokens(wanted, came)
+
+
+def _close_tokens(wanted: bytes, came: bytes) -> bool:
+    if max(len(wanted), len(came)) > _LONGEST_DECIMAL:
+        return False
+    if not (_DECIMAL.fullmatch(wanted) and _DECIMAL.fullmatch(came)):
+        return False
+    return _close(float(wanted), float(came))
 
 
 def _decimal(token: bytes) -> decimal.Decimal:
@@ -112,6 +130,12 @@ def values(want: Any, got: Any) -> str:
     """Equal plain values: tuples equal lists, 2.0 equals 2, floats within TOLERANCE; sets equal
     sets only."""
     return _difference(want, got, _alike)
+
+
+def wrapped_values(want: Any, got: Any) -> str:
+    """The same, and where a list of one is wanted what is in it will do."""
+    inner = isinstance(want, list) and len(want) == 1 and not values(want[0], got)
+    return "" if inner else values(want, got)
 
 
 def same_values(want: Any, got: Any) -> str:

@@ -32,6 +32,7 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 Dimension = Literal["accuracy", "rigor", "coherence"]
+Tier = Literal["auto", "namespaces", "landlock"]
 
 
 def require(truth: bool, sentence: str) -> None:
@@ -279,13 +280,18 @@ class EvaluationConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig(Settings):
-    """Limits of the programs that are judged."""
+    """Limits of the programs that are judged, and how sure the judge has to be of itself."""
 
-    workers: Positive = 2
+    workers: Count = 0  # programs at one time; 0: the machine's cores but those left to JAX
     timeout_s: PositiveFloat = 4.0  # CPU seconds a test
+    program_timeout_s: PositiveFloat = 60.0  # CPU seconds of all tests of a program
     memory_mb: Positive = 1024
     output_kb: Positive = 1024
-    tier: Literal["auto", "namespaces", "landlock"] = "auto"  # auto: the stronger here
+    queue: Positive = 4096  # programs that wait; then whoever hands in another waits as well
+    tier: Tier = "auto"  # auto: the stronger here
+    allow_unsafe: bool = False  # run programs even where no jail holds
+    accept_weak: bool = False  # passes that the program could have made up count
+    canary_every_steps: Count = 50  # known-bad programs are judged, and must not pass; 0: never
 
 
 @dataclasses.dataclass(frozen=True)

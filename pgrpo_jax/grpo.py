@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pgrpo_jax import (
+    canaries,
     checkpoint,
     config,
     data,
@@ -84,8 +85,9 @@ class Loop:
     def run(self) -> None:
         """Steps from the newest checkpoint to the last step.
 
-        Raises:
-          fit.Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
+          Raises:
+            fit.Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
+        canaries.FooledError: a known-bad program passed.
         """
         cfg, steps = self.cfg, self.cfg.update.steps
         with (
@@ -101,6 +103,8 @@ class Loop:
                     self._evaluate(tests, 0)
                 with progress.bar(STAGE, steps, done) as advance:
                     for i in range(done, steps):
+                        if cfg.judge.canary_every_steps and i % cfg.judge.canary_every_steps == 0:
+                            canaries.stop_if_fooled(self.judge, i)
                         values = self._step(log, i)
                         log.metrics(i, values)
                         advance(

@@ -11,7 +11,8 @@
 | `text`, `test_list`, `test_setup_code` | MBPP (2108.07732) |
 | `instruct_prompt`, `test` with `unittest.TestCase` | BigCodeBench (2406.15877) |
 | `prompt`, `reward_model.ground_truth` holding one of the above | verl |
-| `{"kind", "inputs", "outputs", "code", "function", "setup"}` | `types.Tests`, our own |
+| `{"kind", "inputs", "outputs", "code", "function", "setup", ...}` | `types.Tests`, our own |
+| source of asserts, of `check(candidate)`, of `unittest.TestCase` | `tests` of `pgrpo_jax.judge` |
 
 Any of them may be JSON (or a Python literal) in a string.
 """
@@ -26,7 +27,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pgrpo_jax import types
 
@@ -67,6 +68,17 @@ def problem(row: Mapping[str, Any], where: str) -> types.Problem:
     return types.Problem(_id(row, where), statement, tests, columns)
 
 
+def tests(row: Mapping[str, Any], where: str) -> types.Tests:
+    """The tests of a row with a program: those in its column `tests`, of its `kind` if it has one.
+
+    A malformed row is a ValueError that names `where`.
+    """
+    found = _tests_of(row, ("tests",), where)
+    if (kind := row.get("kind")) not in (None, found.kind):
+        raise ValueError(f"{where}: 'kind' is {kind!r}, and its tests are of kind {found.kind!r}")
+    return found
+
+
 def message_text(value: Any, roles: tuple[str, ...] = ("user",)) -> str:
     """The text of a string, or of the messages of `roles` in a chat's message list."""
     if isinstance(value, str):
@@ -93,16 +105,22 @@ def _tests_of(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> t
     for column in columns:
         with _located(where, column):
             value = row[column]
-            if column == "test" and isinstance(value, str) and "entry_point" in row:
-                return _from_code(value, row["entry_point"])
-            value = _decoded(value)
             if column == "reward_model":
-                value = _decoded(_field(value, "ground_truth"))
+                value = _field(_decoded(value), "ground_truth")
+            while isinstance(value, str) and not _is_code(value):
+                value = _decoded(value)
+            if _is_code(value):
+                return _from_code(value, row)
+            if isinstance(value, Mapping) and column == "tests":
+                inner = next((g for g in TEST_COLUMNS if any(map(value.get, g))), ())
+                if inner:
+                    return _tests_of({**row, **value}, tuple(filter(value.get, inner)), where)
+                value = _with_kind(value, row)
             if isinstance(value, Mapping) and "kind" in value:
                 return _own(value)
             asserts = value.get("assert_case") if isinstance(value, Mapping) else value
             if isinstance(asserts, list) and asserts and _all_text(asserts):
-                return types.Tests("assert", code=tuple(asserts), setup=_setup(row))
+                return _from_statements(asserts, row)
             cases += _cases(value, _function(row))
     with _located(where, columns[0]):
         return _from_cases(cases)
@@ -116,13 +134,24 @@ def _setup(row: Mapping[str, Any]) -> str:
     return "\n".join([*imports, _text(row, "test_setup_code")]).strip()
 
 
+def _with_kind(value: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`types.Tests` whose kind stands beside them."""
+    own = any(key in value for key in ("code", "function", "compare", "checker"))
+    return {"kind": row["kind"], **value} if own and row.get("kind") else value
+
+
 def _own(value: Mapping[str, Any]) -> types.Tests:
     known = {field.name for field in dataclasses.fields(types.Tests)}
     if unknown := set(value) - known:
         raise ValueError(f"unknown keys {sorted(unknown)}; known are {sorted(known)}")
-    if value["kind"] not in ("stdin", "call", "assert", "unittest"):
+    if value["kind"] not in get_args(types.TestKind):
         raise ValueError(f"kind must be stdin, call, assert or unittest, got {value['kind']!r}")
+    checker = _text(value, "checker")
+    if checker and "\n" not in checker:  # never "module:function", which would be trusted
+        raise ValueError(f"a checker in data must be the source of a program, got {checker!r}")
     lists: dict[str, Any] = {key: value.get(key) or [] for key in ("inputs", "outputs", "code")}
+    if isinstance(lists["code"], str):
+        lists["code"] = [lists["code"]]
     for key, items in lists.items():
         if not isinstance(items, list | tuple):
             raise ValueError(f"{key!r} must be a list, got {_brief(items)}")
@@ -130,6 +159,8 @@ def _own(value: Mapping[str, Any]) -> types.Tests:
         lists["inputs"] = [_arguments(item) for item in lists["inputs"]]
     elif not all(map(_all_text, lists.values())):
         raise ValueError(f"tests of kind {value['kind']!r} must be strings")
+    if value["kind"] == "assert":
+        _require_assertions(lists["code"], _text(value, "setup"))
     return types.Tests(
         value["kind"],
         inputs=tuple(lists["inputs"]),
@@ -137,16 +168,67 @@ def _own(value: Mapping[str, Any]) -> types.Tests:
         code=tuple(lists["code"]),
         function=_text(value, "function"),
         setup=_text(value, "setup"),
+        compare=_text(value, "compare") or "lines",  # type: ignore[arg-type]  # checked by Tests
+        checker=checker,
+        wrapped=bool(value.get("wrapped")),
     )
 
 
-def _from_code(code: str, entry_point: Any) -> types.Tests:
-    """HumanEval's `check` and BigCodeBench's `unittest`, both a module in a string."""
-    if "unittest" in code and "TestCase" in code:
+def _is_code(value: Any) -> bool:
+    """Statements of Python, and not just a value or a name."""
+    try:
+        return isinstance(value, str) and any(
+            not isinstance(node, ast.Expr) or isinstance(node.value, ast.Call)
+            for node in ast.parse(value).body
+        )
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+
+
+def _from_code(code: str, row: Mapping[str, Any]) -> types.Tests:
+    """A module in a string: BigCodeBench's `unittest`, HumanEval's `check`, or asserts."""
+    if row.get("kind") == "unittest" or ("unittest" in code and "TestCase" in code):
         return types.Tests("unittest", code=(code,))
-    if "def check(" not in code or not isinstance(entry_point, str):
-        raise ValueError("wanted `def check(candidate)` or a unittest.TestCase, found neither")
-    return types.Tests("assert", code=(f"check({entry_point})",), setup=code)
+    entry_point = _text(row, "entry_point")
+    if "def check(" in code and entry_point:
+        return types.Tests("assert", code=(f"check({entry_point})",), setup=code)
+    body = ast.parse(code).body
+    asserts = [node for node in body if isinstance(node, ast.Assert)]
+    before, after = body[: len(body) - len(asserts)], body[len(body) - len(asserts) :]
+    if not asserts or after != asserts or any(map(_can_fail, before)):
+        return _from_statements([code], row)  # in an order of its own
+    pieces = [ast.get_source_segment(code, node) or "" for node in before + asserts]
+    setup = "\n".join(pieces[: len(before)])
+    return _from_statements(pieces[len(before) :], {**row, "test_setup_code": setup})
+
+
+def _from_statements(code: list[str], row: Mapping[str, Any]) -> types.Tests:
+    if row.get("kind") == "unittest":
+        return types.Tests("unittest", code=("\n\n".join(code),))
+    _require_assertions(code, setup := _setup(row))
+    return types.Tests("assert", code=tuple(code), setup=setup)
+
+
+def _require_assertions(code: list[str], setup: str) -> None:
+    try:
+        nodes = [node for text in (setup, *code) for node in ast.parse(text).body]
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"the tests are no Python: {error}") from None
+    if not any(map(_can_fail, nodes)):
+        raise ValueError(
+            "the tests assert nothing; a `def check(candidate)` needs `entry_point`, the name of "
+            f"the function to check, got {_brief(code)}"
+        )
+
+
+def _can_fail(node: ast.stmt) -> bool:
+    """Does a statement of a module do anything that could refuse a program?"""
+    if isinstance(node, ast.If):
+        return not ast.unparse(node.test).startswith("__name__ ==")
+    if isinstance(node, ast.Expr):
+        return not isinstance(node.value, ast.Constant)
+    quiet = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return not isinstance(node, (*quiet, ast.Assign, ast.AnnAssign, ast.Pass))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +249,13 @@ def _cases(value: Any, function: str) -> list[_Case]:
             return _cases(_decoded(value["test_cases"]), function)
         plural = "s" if "inputs" in value else ""
         inputs, outputs = _field(value, "input" + plural), _field(value, "output" + plural)
+        if isinstance(inputs, str) and isinstance(outputs, str):
+            return [_case(value, function)]
         if not isinstance(inputs, list) or not isinstance(outputs, list):
             raise ValueError(f"inputs and outputs must be lists, got {_brief(value)}")
         if len(inputs) != len(outputs):
             raise ValueError(f"got {len(inputs)} inputs and {len(outputs)} outputs")
-        function = _text(value, "fn_name") or function
+        function = _text(value, "fn_name") or _text(value, "function") or function
         return [_Case(i, o, function) for i, o in zip(inputs, outputs, strict=True)]
     if isinstance(value, list):
         return [_case(item, function) for item in value]
@@ -202,9 +286,8 @@ def _from_cases(cases: list[_Case]) -> types.Tests:
     text = [isinstance(case.input, str) and isinstance(case.output, str) for case in cases]
     outputs = [_value(c.output) if t else c.output for c, t in zip(cases, text, strict=True)]
     # APPS wraps outputs in a list of one, some of its children do not, and its judge takes both.
-    if not any(text) and all(isinstance(o, list) and len(o) == 1 for o in outputs):
-        outputs = [o[0] for o in outputs]
-    return types.Tests("call", inputs, tuple(outputs), function=functions[0])
+    wrapped = not any(text) and all(isinstance(o, list) and len(o) == 1 for o in outputs)
+    return types.Tests("call", inputs, tuple(outputs), function=functions[0], wrapped=wrapped)
 
 
 def _stream(value: Any, name: str) -> str:

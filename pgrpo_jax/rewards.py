@@ -7,6 +7,7 @@ gated reward.
 
 import dataclasses
 import importlib
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -162,6 +163,8 @@ class Rewards:
         self._functions = user_functions(cfg.rewards.functions)
         self._opening = words.opening(cfg.data.prefill)
         self._rows: list[tuple[types.Completion, str, parse.Parsed, Future[types.Result]]] = []
+        self._counters, self._begin = judge.counters, time.monotonic()
+        self._judged_at: float | None = None
 
     def add(self, completion: types.Completion) -> None:
         """Parses one completion and hands its program to the judge."""
@@ -174,6 +177,7 @@ class Rewards:
         """Returns when every program is judged."""
         for *_, verdict in self._rows:
             verdict.result()
+        self._judged_at = self._judged_at or time.monotonic()
 
     def finish(self) -> Scored:
         """The rewards, rows ordered by group and sample.
@@ -181,6 +185,7 @@ class Rewards:
         Raises:
           ValueError: a user's function returned another number of rewards than completions.
         """
+        self.wait()
         rows = sorted(self._rows, key=lambda row: (row[0].group, row[0].sample))
         completions = [completion for completion, *_ in rows]
         texts, parsed = [text for _, text, *_ in rows], [parsed for _, _, parsed, _ in rows]
@@ -207,8 +212,17 @@ class Rewards:
             r_extra_B=total(list(user_terms.values()), len(rows)),
             valid_B=valid_B,
             terms=terms,
-            values=reward_metrics(results, parsed, terms),
+            values=reward_metrics(results, parsed, terms) | self._pace(),
         )
+
+    def _pace(self) -> dict[str, float]:
+        """What the judge did while completions were decoded and after it."""
+        before, after = self._counters, self._judge.counters
+        seconds = (self._judged_at or time.monotonic()) - self._begin
+        return {
+            "judge/runs_per_s": (after.runs - before.runs) / seconds,
+            "judge/slot_rebuilds": float(after.slot_rebuilds - before.slot_rebuilds),
+        }
 
     def _thinking(
         self,
@@ -269,6 +283,12 @@ def reward_metrics(
     verdicts = Counter(result.verdict for result in results)
     values = {f"judge/{name}": verdicts[name] / len(results) for name in get_args(types.Verdict)}
     values["judge/cpu_s"] = sum(result.cpu_s for result in results)
+    values["judge/weak"] = sum(result.weak for result in results) / len(results)
+    passing = [result for result in results if result.verdict == "pass"]
+    if passing:  # what passes has no reason to try what is forbidden
+        values["judge/passing_with_denied_calls"] = sum(bool(r.denied) for r in passing) / len(
+            passing
+        )
     values["completions/no_program"] = float(np.mean([not p.program for p in parsed]))
     values["completions/no_reasoning"] = float(np.mean([not p.reasoning.strip() for p in parsed]))
     for name, wanted in (("passing", 1), ("failing", 0)):

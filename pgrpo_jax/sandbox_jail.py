@@ -2,7 +2,7 @@
 
     limit()       resource limits of one program
     SystemCalls   seccomp filter: an allow list; what would make processes, sockets or reach other
-                  processes answers EPERM (seccomp(2), by prctl)
+                  processes answers EPERM and is told to the judge (seccomp(2), seccomp_unotify(2))
     landlock()    only the interpreter's files can be read, only scratch written (landlock(7))
     enter()       namespaces with their own root, processes and (no) network; must fork afterwards
 
@@ -10,6 +10,7 @@ Part of the sandbox: standard library only, called through ctypes, on x86-64 and
 """
 
 import ctypes
+import fcntl
 import os
 import platform
 import resource
@@ -127,46 +128,96 @@ _IGNORED = {  # answer 0 and do nothing: modes and times of scratch files are no
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
     "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
 }
+_UNSUPPORTED = {  # answer ENOTSUP, which copying a file expects of many file systems
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "getxattr": (191, 8),
+    "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11), "llistxattr": (195, 12),
+    "flistxattr": (196, 13),
+}
+_REFUSED = {  # what programs try: names for reports; all that is in no table is refused as well
+    "socket": (41, 198), "connect": (42, 203), "accept": (43, 202), "bind": (49, 200),
+    "listen": (50, 201), "accept4": (288, 242), "clone": (56, 220), "fork": (57, None),
+    "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129),
+    "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "prctl": (157, 167),
+    "prlimit64": (302, 261), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438), "kcmp": (312, 272), "unshare": (272, 97), "setns": (308, 268),
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "setuid": (105, 146), "setgid": (106, 144),
+    "setresuid": (117, 147), "setresgid": (119, 149), "setgroups": (116, 159), "capset": (126, 91),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "mknod": (133, None), "mknodat": (259, 33), "memfd_create": (319, 279), "shmget": (29, 194),
+    "shmat": (30, 196), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
+    "mlock": (149, 228), "mlockall": (151, 230), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_setup": (206, 0),
+    "keyctl": (250, 219), "add_key": (248, 217), "seccomp": (317, 277),
+    "landlock_create_ruleset": (444, 444), "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119), "setpriority": (141, 140), "setpgid": (109, 154),
+    "setsid": (112, 157), "personality": (135, 92), "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    "openat2": (437, 437), "syslog": (103, 116), "sethostname": (170, 161), "reboot": (169, 142),
+    "init_module": (175, 105), "finit_module": (313, 273), "splice": (275, 76), "tee": (276, 77),
+    "vmsplice": (278, 75), "memfd_secret": (447, 447), "adjtimex": (159, 171),
+}
+_SECCOMP = (317, 277)
 _CLONE, _CLONE3, _PRCTL, _PRLIMIT = (56, 220), (435, 435), (157, 167), (302, 261)
 _SIGNALS = ((62, 129), (200, 130), (234, 131))  # kill, tkill, tgkill
 # fmt: on
 _AUDIT = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_EPERM, _ENOSYS = 1, 38
+_ALLOW, _ERRNO, _KILL, _ASK = 0x7FFF0000, 0x00050000, 0x80000000, 0x7FC00000
+_EPERM, _ENOSYS, _ENOTSUP = 1, 38, 95
+_SET_FILTER, _NEW_LISTENER = 1, 1 << 3
+_ASKED, _ANSWER = struct.Struct("QIIiIQ6Q"), struct.Struct("QqiI")  # seccomp_notif and _resp
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101  # ioctls of a listener
 _CLONE_THREAD = 0x00010000
 _HARMLESS_PRCTL = (3, 15, 16, 0x53564D41)  # get dumpable, set and get name, name a mapping
 _LOAD, _EQUAL, _ANY_BIT, _AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 
 
 class SystemCalls:
-    """The filter, built once; `install` puts it on the calling process for good."""
+    """The filter, built once; `install` puts it on the calling process for good.
 
-    def __init__(self):
+    `told`: what is refused is first told to who holds the listener, see `refuse_next`. Not every
+    container lets a process have one; then it is refused all the same, and nobody knows.
+    """
+
+    def __init__(self, told: bool):
         machine = platform.machine()
         if machine not in _AUDIT:
             raise OSError(
                 f"no table of system calls for {machine}; there is one for {list(_AUDIT)}"
             )
         self._audit, self._column = _AUDIT[machine]
+        self._told = told
         code = b"".join(self._assemble())
         self._own_pids = [i + 4 for i in range(0, len(code), 8) if code[i : i + 8] == _OWN_PID]
         self._buffer = ctypes.create_string_buffer(code, len(code))
         program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self._buffer))
         self._program = ctypes.create_string_buffer(program, len(program))
 
-    def install(self) -> None:
-        """Needs no_new_privs. Signals go to the own process only: its number is compiled in."""
+    def install(self) -> int:
+        """Needs no_new_privs. Signals go to the own process only: its number is compiled in.
+
+        Returns the descriptor of the listener if there is to be one, else -1.
+        """
         pid = os.getpid()
         for place in self._own_pids:
             struct.pack_into("I", self._buffer, place, pid)
-        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self._program))
+        if not self._told:
+            prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self._program))
+            return -1
+        flags = ctypes.c_ulong(_NEW_LISTENER)
+        number = ctypes.c_long(_SECCOMP[self._column])
+        return _checked("seccomp", _libc.syscall(number, _SET_FILTER, flags, self._program))
 
     def _assemble(self) -> list[bytes]:
         """A search tree over the numbers: the kernel runs the whole filter once for each of
         them."""
-        allow, refuse = _give(_ALLOW), _give(_ERRNO | _EPERM)
+        allow, refuse = _give(_ALLOW), _give(_ASK if self._told else _ERRNO | _EPERM)
         actions = {numbers[self._column]: [allow] for numbers in _CALLS.values()}
         actions |= {numbers[self._column]: [_give(_ERRNO)] for numbers in _IGNORED.values()}
+        unsupported = [_give(_ERRNO | _ENOTSUP)]
+        actions |= {numbers[self._column]: unsupported for numbers in _UNSUPPORTED.values()}
         actions[_CLONE3[self._column]] = [_give(_ERRNO | _ENOSYS)]  # C libraries then use clone
         thread = _jump(_ANY_BIT, _CLONE_THREAD, 0, 1)
         actions[_CLONE[self._column]] = [_load(16), thread, allow, refuse]
@@ -184,6 +235,21 @@ class SystemCalls:
                 pieces.append((number, action))
         head = [_load(4), _jump(_EQUAL, self._audit, 1, 0), _give(_KILL), _load(0)]
         return [*head, *_tree(pieces)]
+
+
+def refuse_next(listener: int) -> str:
+    """Refuses the call that waits at a listener with EPERM, and returns its name ("" if the caller
+    died). Only when the listener is readable: without a call it would wait."""
+    asked = bytearray(_ASKED.size)
+    try:
+        fcntl.ioctl(listener, _RECEIVE, asked)
+        call, _, _, number, *_ = _ASKED.unpack(asked)
+        fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(call, 0, -_EPERM, 0)))
+    except OSError:
+        return ""
+    column = _AUDIT[platform.machine()][1]
+    names = (name for name, numbers in _REFUSED.items() if numbers[column] == number)
+    return next(names, f"call {number}")
 
 
 def _tree(pieces: list[tuple[int, list[bytes]]]) -> list[bytes]:
@@ -225,6 +291,14 @@ def readable_paths(packages: list[str]) -> list[str]:
         if os.path.exists(path) and not any(path.startswith(k.rstrip("/") + "/") for k in kept):
             kept.append(path)
     return kept
+
+
+SCRATCH = "/tmp"  # of a jail with a root of its own
+
+
+def inside(path: str) -> str:
+    """Where a readable path is found under a root of its own, whose /tmp is the scratch folder."""
+    return f"/outer{path}" if path.startswith(f"{SCRATCH}/") else path
 
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -317,11 +391,11 @@ def build_root(readable: list[str], scratch_mb: int) -> None:
         os.close(descriptor)
     for name, target in (("stdin", "0"), ("stdout", "1"), ("stderr", "2"), ("fd", "")):
         os.symlink(f"/proc/self/fd/{target}".rstrip("/"), f"{root}/dev/{name}")
-    for folder in ("proc", "tmp", "old"):
-        os.mkdir(f"{root}/{folder}")
+    for folder in ("/proc", SCRATCH, "/old"):
+        os.mkdir(root + folder)
     _mount_proc(f"{root}/proc")
     limits = f"size={scratch_mb}m,nr_inodes=2048,mode=777"
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", _NOSUID | _NODEV | _NOEXEC, limits)
+    _mount("tmpfs", root + SCRATCH, "tmpfs", _NOSUID | _NODEV | _NOEXEC, limits)
     os.chdir(root)
     _checked("pivot_root", _libc.syscall(_PIVOT[platform.machine()], b".", b"old"))
     os.chdir("/")
@@ -358,9 +432,8 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 
 def _bind(descriptor: int, path: str, root: str) -> None:
-    """The path behind a descriptor at the same place under `root`; links on the way are made
-    again."""
-    place, source = root + path, f"/proc/self/fd/{descriptor}"
+    """The path behind a descriptor at its place under `root`."""
+    place, source = root + inside(path), f"/proc/self/fd/{descriptor}"
     real = os.readlink(source)
     if os.path.isdir(source):
         os.makedirs(place, mode=0o755, exist_ok=True)

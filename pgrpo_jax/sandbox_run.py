@@ -62,6 +62,8 @@ def run(role: int) -> None:
         _script(job.decode("utf-8", "surrogatepass"))
     elif role == sandbox_wire.CALLS:
         _calls(sandbox_wire.loads(job))
+    elif role == sandbox_wire.CHECKER:
+        _checker(sandbox_wire.loads(job))
     else:
         _serve(sandbox_wire.loads(job))
 
@@ -115,7 +117,17 @@ def _script(source: str) -> None:
     _leave(_execute(source, main), main)
 
 
-def _execute(source: str, main: types.ModuleType) -> int:
+def _checker(job: dict[str, Any]) -> None:
+    """A script with files for arguments, whose exceptions are not to be taken for its answer."""
+    main = module("__main__")
+    for name, content in job["files"].items():
+        with open(name, "wb") as file:
+            file.write(content if type(content) is bytes else content.encode("utf-8", "replace"))
+    sys.argv = [FILE, *job["files"]]
+    _leave(_execute(job["program"], main, failed=3), main)
+
+
+def _execute(source: str, main: types.ModuleType, failed: int = 1) -> int:
     """Runs a program as `python program.py` does, and returns its exit status."""
     try:
         exec(compile(source, FILE, "exec", dont_inherit=True), main.__dict__)
@@ -123,7 +135,7 @@ def _execute(source: str, main: types.ModuleType) -> int:
         return _status(exit_.code)
     except BaseException as error:
         _show(error)
-        return 1
+        return failed
     return 0
 
 
@@ -138,8 +150,8 @@ def _status(code: object) -> int:
 
 def _show(error: BaseException) -> None:
     """The traceback, without the frame that called the program."""
-    trace = error.__traceback__
-    sys.excepthook(type(error), error, trace and trace.tb_next)
+    trace = error.__traceback__ and error.__traceback__.tb_next
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
 
 
 def _leave(status: int, main: types.ModuleType) -> None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-from pgrpo_jax import sandbox_wire
+from pgrpo_jax import sandbox_jail, sandbox_wire
 
 # Modules that reseed and relock after every fork would cost each run half a millisecond. A child of
 # the zygote has nothing to reseed (see there) and, as its parent has one thread, nothing to relock.
@@ -45,9 +45,13 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 FIRST_LOOK_S, LOOK_S = 0.05, 0.025
+LONGEST_TURN_S = 3600.0
 START_S, KILL_S = 60.0, 10.0  # a slot that takes longer is broken
 PIPE_READ = 1 << 16
-MOST_FILES = 2048  # in the scratch folder
+SCRATCH_MB, MOST_FILES = 64, 2048  # in the scratch folder
+MOST_THREADS = 64  # that are looked at
+MOST_DENIALS = 64  # refused system calls that are answered one by one
+WALL_FACTOR, WALL_MORE_S = 20, 10.0  # seconds on the wall for one of CPU, and for everything
 CORES = os.cpu_count() or 1
 
 
@@ -67,31 +71,38 @@ class Loop:
         self._epoll.unregister(descriptor)
 
     def turn(self, timeout_s: float) -> None:
-        for descriptor, _ in self._epoll.poll(max(timeout_s, 0)):
+        for descriptor, _ in self._epoll.poll(min(max(timeout_s, 0), LONGEST_TURN_S)):
             if descriptor in self._handlers:  # an earlier handler of this turn may have closed it
                 self._handlers[descriptor]()
 
 
 class Limits:
     """Of one run. `cpu_s` is for a part of it: a test; the clock is set back by
-    `Run.begin_part`."""
+    `Run.begin_part`. `whole_s` is for all parts together."""
 
     def __init__(
-        self, cpu_s: float, memory_mb: int, output_kb: int, scratch_mb: int, parts: int = 1
+        self,
+        cpu_s: float,
+        memory_mb: int,
+        output_kb: int,
+        scratch_mb: int,
+        whole_s: float = 0.0,
     ):
         self.cpu_s = cpu_s
+        self.whole_s = max(cpu_s, whole_s)
         self.memory_mb = memory_mb
         self.output = output_kb * 1024
         self.scratch_mb = scratch_mb
-        self.total_cpu_s = math.ceil(cpu_s * parts) + 2
+        self.total_cpu_s = math.ceil(self.whole_s) + 2
         self.idle_s = 2 * cpu_s + 1  # waiting for nothing, such as sleeping
-        self.wall_s = 20 * cpu_s + 10  # whatever the load of the machine is
+        self.wall_s = WALL_FACTOR * cpu_s + WALL_MORE_S  # whatever the load of the machine is
 
 
 class Run:
     """One process in a slot: from the order to its report and the end of its pipes.
 
-    `stopped` says why the judge ended it: "timeout", "memory", "output", "channel", "over" or "".
+    `stopped` says why the judge ended it: "timeout", "memory", "output", "over", "busy" (the
+    machine, with other things) or "".
     """
 
     def __init__(self, slot: "Slot", number: int, limits: Limits):
@@ -103,21 +114,48 @@ class Run:
         self.stopped = ""
         self.started = self.part_started = time.monotonic()
         self.look_at = self.started + START_S
-        self.part_cpu_s = 0.0
+        self.part_cpu_s = self.part_waited_s = 0.0
+        self.companion: Run | None = None  # the other process of a pair
+        self.denied: set[str] = set()  # names of system calls that were refused
+        self._denials = 0
+        self._listener = -1
         self._pipes: dict[int, bytearray] = {}
 
     @property
     def over(self) -> bool:
         return self.status is not None and not self._pipes
 
-    def began(self, pid: int) -> None:
+    def began(self, pid: int, listeners: list[int]) -> None:
         self.pid = pid
+        for self._listener in listeners:
+            self.slot.loop.watch(self._listener, self._refuse)
         self.started = self.part_started = time.monotonic()
         self.look_at = self.started + min(FIRST_LOOK_S, self.limits.cpu_s / CORES)
 
+    def _refuse(self) -> None:
+        """A system call waits for its refusal, or the process has ended. One that insists is not
+        listened to any longer: the kernel then refuses in the judge's place."""
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        if any(event & select.POLLIN for _, event in poll.poll(0)):
+            self.denied |= {sandbox_jail.refuse_next(self._listener)} - {""}
+            self._denials += 1
+        else:
+            self._denials = MOST_DENIALS
+        if self._denials >= MOST_DENIALS:
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._listener >= 0:
+            self.slot.loop.forget(self._listener)
+            os.close(self._listener)
+            self._listener = -1
+
     def begin_part(self) -> None:
         """The next test: CPU and wall seconds count from here."""
-        self.part_started = time.monotonic()
+        self.part_started = now = time.monotonic()
+        if now - self.started > self.limits.idle_s:  # before that nobody asks
+            self.part_waited_s = self._waited_for_a_core()
         self.part_cpu_s = self.cpu_clock()
 
     def cpu_clock(self) -> float:
@@ -127,6 +165,14 @@ class Run:
                 self.cpu_s = time.clock_gettime((~self.pid << 3) | 2)
         return self.cpu_s
 
+    def part_s(self) -> float:
+        """CPU seconds of the part so far."""
+        return self.cpu_clock() - self.part_cpu_s
+
+    def waited_s(self) -> float:
+        """Seconds of the part in which its threads could have run but the machine was busy."""
+        return max(self._waited_for_a_core() - self.part_waited_s, 0.0)
+
     def look(self, now: float) -> None:
         """Has it used up something? Called when `look_at` has come, and when a part has ended."""
         if self.status is not None or now < self.look_at:
@@ -134,12 +180,18 @@ class Run:
         if self.stopped or not self.pid:
             self.slot.broken = True  # did not start, or did not die when it was killed
             return
-        left = self.limits.cpu_s - (self.cpu_clock() - self.part_cpu_s)
+        left = min(self.limits.cpu_s - self.part_s(), self.limits.whole_s - self.cpu_s)
         wall = now - self.part_started
-        if left <= 0 or wall > self.limits.wall_s:
+        if left <= 0:
             return self.stop("timeout")
-        if wall > self.limits.idle_s and wall - self._waited_for_a_core() > self.limits.idle_s:
-            return self.stop("timeout")
+        if wall > self.limits.idle_s:
+            waited = self.waited_s()
+            if self.companion is not None:  # one of them waits while the other works
+                waited += self.companion.waited_s() + self.companion.part_s()
+            if wall - waited > self.limits.idle_s:
+                return self.stop("timeout")
+            if wall > self.limits.wall_s:
+                return self.stop("busy")
         if self._memory_mb() > self.limits.memory_mb:
             return self.stop("memory")
         if self.slot.scratch_is_full(self.limits.scratch_mb):
@@ -153,13 +205,12 @@ class Run:
             self.slot.send(sandbox_wire.ORDER.pack(sandbox_wire.KILL, self.number, 0, 0, 0, 0))
 
     def _waited_for_a_core(self) -> float:
-        """Seconds that it could have run but the machine was busy."""
-        with (
-            contextlib.suppress(OSError, ValueError, IndexError),
-            open(f"/proc/{self.pid}/schedstat") as file,
-        ):
-            return int(file.read().split()[1]) * 1e-9
-        return 0.0
+        waited_ns = 0
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for thread in os.listdir(f"/proc/{self.pid}/task")[:MOST_THREADS]:
+                with open(f"/proc/{self.pid}/task/{thread}/schedstat") as file:
+                    waited_ns += int(file.read().split()[1])
+        return waited_ns * 1e-9
 
     def _memory_mb(self) -> float:
         with (
@@ -193,12 +244,18 @@ class Run:
         """The slot is being closed: the run never reports."""
         for pipe in list(self._pipes):
             self._close(pipe)
+        self._stop_listening()
 
     def ended(self, status: int, cpu_s: float, peak_kb: int) -> None:
+        self._stop_listening()
         self.status, self.cpu_s, self.peak_mb = status, cpu_s, peak_kb / 1024
 
 
 Work = Generator[None, None, Any]
+
+
+class InfraError(Exception):
+    """The judge failed, not the program."""
 
 
 class Slot:
@@ -260,13 +317,13 @@ class Slot:
 
     def _hear(self) -> None:
         try:
-            packet, _, pid = sandbox_wire.receive_descriptors(self._control, 4096, 0)
+            packet, listeners, pid = sandbox_wire.receive_descriptors(self._control, 4096, 1)
         except ConnectionError:
-            packet, pid = b"", 0
+            packet, listeners, pid = b"", [], 0
         if not packet:
             self.broken = True
         elif packet[0] == sandbox_wire.HELLO:
-            self.runs[struct.unpack("!I", packet[1:])[0]].began(pid)
+            self.runs[struct.unpack("!I", packet[1:])[0]].began(pid, listeners)
         elif packet[0] == sandbox_wire.ENDED:
             _, number, status, cpu_s, peak_kb = sandbox_wire.REPORT.unpack(packet)
             self.runs.pop(number).ended(status, cpu_s, peak_kb)

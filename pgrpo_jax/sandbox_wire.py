@@ -33,10 +33,13 @@ READY, BROKEN, HELLO, ENDED = 1, 2, 3, 4
 ORDER = struct.Struct("!BIIIII")
 REPORT = struct.Struct("!BIidI")
 CONTROL = 3  # the zygote's descriptor
-SCRIPT, CALLS, PROGRAM, TESTS = range(4)  # roles of a run
+SCRIPT, CALLS, PROGRAM, TESTS, CHECKER = range(5)  # roles of a run
 REPLY_LIMIT = 4 << 20  # bytes of one value out of a run
-# --- what trainer and server say to each other: this number, then a value
+# --- what trainer and server say to each other: a number of the trainer's and a job as a value, or
+# nothing to take it back; the same number, how many runs and rebuilt slots there were until then,
+# and a result as a value
 REQUEST = struct.Struct("!Q")
+ANSWER = struct.Struct("!QQQ")
 
 DEPTH = 64
 FRAME_LIMIT = 1 << 28  # bytes of one message between trusted processes

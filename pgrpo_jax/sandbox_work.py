@@ -13,18 +13,21 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any
 
-from pgrpo_jax import compare, sandbox_slot, sandbox_wire
+from pgrpo_jax import compare, sandbox_check, sandbox_probes, sandbox_slot, sandbox_wire
 
 Work = Generator[None, None, dict[str, Any]]
-SCRATCH_MB = 64
 LONGEST_FAILURE = 600  # characters
+WEAK = "the tests passed in the program's own interpreter, which proves nothing"
 
 
 class Tally:
     """The verdicts of a program's tests as they come, and what it cost."""
 
-    def __init__(self, total: int):
-        self.total = total
+    def __init__(self, job: dict[str, Any]):
+        self.total = total(job)
+        self._limits = job["limits"]
+        self._denied: set[str] = set()
+        self._runs = 0
         self.verdicts: list[str] = []
         self.failure = ""
         self.cpu_s = self.peak_mb = 0.0
@@ -41,6 +44,26 @@ class Tally:
     def spent(self, run: sandbox_slot.Run) -> None:
         self.cpu_s += run.cpu_s
         self.peak_mb = max(self.peak_mb, run.peak_mb)
+        self._denied |= run.denied
+        self._runs += 1
+
+    def limits(self, parts: int = 1) -> sandbox_slot.Limits:
+        """Of the next run, of so many tests: what is left for the whole program bounds it too."""
+        limits = self._limits
+        left = max(limits["program_timeout_s"] - self.cpu_s, 0.001)
+        cpu_s = min(limits["timeout_s"], left)
+        sizes = limits["memory_mb"], limits["output_kb"], sandbox_slot.SCRATCH_MB
+        return sandbox_slot.Limits(cpu_s, *sizes, min(left, cpu_s * parts))
+
+    def out_of_time(self) -> bool:
+        """True, and noted, if the tests so far have used up what all of them may."""
+        whole_s = self._limits["program_timeout_s"]
+        waited = time.monotonic() - self.started
+        most = sandbox_slot.WALL_FACTOR * whole_s + sandbox_slot.WALL_MORE_S
+        over = self.cpu_s >= whole_s or waited > most
+        if over:
+            self.add("timeout", f"all tests together took more than {whole_s:g} s of CPU")
+        return over
 
     def result(self) -> dict[str, Any]:
         """Passed only if every test ran and passed."""
@@ -56,20 +79,35 @@ class Tally:
             "cpu_s": self.cpu_s,
             "wall_s": time.monotonic() - self.started,
             "peak_mb": self.peak_mb,
+            "denied": tuple(sorted(self._denied)),
+            "runs": self._runs,
         }
-
-
-class InfraError(Exception):
-    """The judge failed, not the program."""
 
 
 def judge(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     """The work of one job: `program`, the fields of `types.Tests`, and `limits`."""
     if not job["program"].strip():
-        tally = Tally(total(job))
+        tally = Tally(job)
         tally.add("error", "the program is empty")
         return tally.result()
     return (yield from _KINDS[job["kind"]](slot, job))
+
+
+def probe(
+    slot: sandbox_slot.Slot, outside: str, temporary: str
+) -> Generator[None, None, list[str]]:
+    """The attacks that this slot does not hold off; what is odd about the attempt itself counts."""
+    limits = sandbox_slot.Limits(20.0, 512, 64, sandbox_slot.SCRATCH_MB)
+    file = sandbox_slot.sealed_file(sandbox_probes.program().encode())
+    stdin = sandbox_probes.stdin(outside, temporary)
+    run = slot.start(sandbox_wire.SCRIPT, file, limits, stdin)
+    os.close(file)
+    while not run.over:
+        yield
+    lines = bytes(run.output).decode().split("\n")
+    if run.status != 0 or lines[-2:] != ["done", ""]:
+        return [f"the attacks could not be tried: {_last_line(run) or run.stopped}"]
+    return lines[:-2]
 
 
 def total(job: dict[str, Any]) -> int:
@@ -77,16 +115,14 @@ def total(job: dict[str, Any]) -> int:
     return len(job["inputs"]) or len(job["code"])
 
 
-def _limits(job: dict[str, Any], parts: int = 1) -> sandbox_slot.Limits:
-    timeout_s, memory_mb, output_kb = job["limits"]
-    return sandbox_slot.Limits(timeout_s, memory_mb, output_kb, SCRATCH_MB, parts)
-
-
 def _stopped(run: sandbox_slot.Run) -> tuple[str, str] | None:
     """The verdict if the judge ended the run or it never began."""
     limits = run.limits
     if not run.pid:
-        raise InfraError("a process could not be started")
+        run.slot.broken = True
+        raise sandbox_slot.InfraError("a process could not be started")
+    if run.stopped == "busy":
+        raise sandbox_slot.InfraError(f"no time on a busy machine in {limits.wall_s:g} s")
     if run.stopped == "timeout":
         return "timeout", f"stopped after {limits.cpu_s:g} s of CPU, or as long a sleep"
     if run.stopped == "memory" or run.peak_mb > limits.memory_mb:
@@ -104,17 +140,22 @@ def _stopped(run: sandbox_slot.Run) -> tuple[str, str] | None:
 
 
 def _scripts(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
-    tally, limits = Tally(len(job["inputs"])), _limits(job)
-    equal = compare.TEXT[job["compare"]]
+    tally = Tally(job)
     file = sandbox_slot.sealed_file(job["program"].encode("utf-8", "surrogatepass"))
     try:
         for text, want in zip(job["inputs"], job["outputs"], strict=True):
+            if tally.out_of_time():
+                break
             stdin = text.encode("utf-8", "surrogatepass")
-            run = slot.start(sandbox_wire.SCRIPT, file, limits, stdin)
+            run = slot.start(sandbox_wire.SCRIPT, file, tally.limits(), stdin)
             while not run.over:
                 yield
             tally.spent(run)
-            verdict, why = _script_verdict(run, want, equal)
+            verdict, why = _failure(run) or ("pass", "")
+            if verdict == "pass":
+                got = bytes(run.output)
+                why = yield from sandbox_check.difference(slot, job, text, want, got)
+                verdict = "fail" if why else "pass"
             if not tally.add(verdict, why) or _does_not_compile(run):
                 break
     finally:
@@ -122,9 +163,8 @@ def _scripts(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     return tally.result()
 
 
-def _script_verdict(
-    run: sandbox_slot.Run, want: str, equal: Callable[[str, bytes], str]
-) -> tuple[str, str]:
+def _failure(run: sandbox_slot.Run) -> tuple[str, str] | None:
+    """The verdict on a script that did not come to a good end."""
     stopped = _stopped(run)
     if stopped:
         return stopped
@@ -137,8 +177,7 @@ def _script_verdict(
         verdict = "memory" if last.startswith("MemoryError") else "error"
         ending = f"signal {-run.status}" if run.status < 0 else f"exit status {run.status}"
         return verdict, f"{ending} {last}"
-    difference = equal(want, bytes(run.output))
-    return ("fail", difference) if difference else ("pass", "")
+    return None
 
 
 def _last_line(run: sandbox_slot.Run) -> str:
@@ -160,7 +199,8 @@ def _calls(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     calls: list[tuple[Any, Any, dict[str, Any]]] = [
         (job["function"], arguments, {}) for arguments in job["inputs"]
     ]
-    return (yield from _call_all(slot, job, calls, job["outputs"], compare.values))
+    equal = compare.wrapped_values if job["wrapped"] else compare.values
+    return (yield from _call_all(slot, job, calls, job["outputs"], equal))
 
 
 def _call_all(
@@ -170,20 +210,20 @@ def _call_all(
     wanted: tuple[Any, ...],
     equal: Callable[[Any, Any], str],
 ) -> Work:
-    tally = Tally(len(calls))
+    tally = Tally(job)
     texts = [sandbox_wire.dumps(call).decode() for call in calls]
     body = sandbox_wire.dumps({"program": job["program"], "calls": texts})
     channel = sandbox_slot.Channel(slot, sandbox_wire.REPLY_LIMIT)
     file = sandbox_slot.sealed_file(body)
     try:
-        run = slot.start(sandbox_wire.CALLS, file, _limits(job, len(calls)), more=(channel.given,))
+        run = slot.start(sandbox_wire.CALLS, file, tally.limits(len(calls)), more=(channel.given,))
         for number, want in enumerate((None, *wanted)):  # the first message is of the load
             while not channel.messages and not channel.ended:
                 yield
             if not channel.messages:
                 break
             verdict, why = _reply_verdict(channel.messages.pop(0), want, equal, number == 0)
-            if run.cpu_clock() - run.part_cpu_s > run.limits.cpu_s:
+            if run.part_s() > run.limits.cpu_s:
                 verdict, why = "timeout", f"took more than {run.limits.cpu_s:g} s of CPU"
             run.begin_part()
             if number == 0 and verdict == "pass":
@@ -241,8 +281,8 @@ def _session(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     say what it likes, the result is `weak`, and weak is no pass unless the limits allow it.
     """
     weak = need_one_interpreter(job["setup"], *job["code"])
-    tally = Tally(len(job["code"]))
-    limits = _limits(job, 1 << 10)
+    tally = Tally(job)
+    limits = tally.limits(parts=1 << 10)  # how many tests unittest will find nobody knows
     files, runs = [], []
     verdicts = sandbox_slot.Channel(slot, sandbox_wire.REPLY_LIMIT)
     ours, theirs = socket.socketpair()
@@ -255,6 +295,8 @@ def _session(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
         files.append(sandbox_slot.sealed_file(sandbox_wire.dumps(tests_job)))
         more = (ours.detach(), verdicts.given)
         runs.append(slot.start(sandbox_wire.TESTS, files[-1], limits, more=more))
+        if not weak:
+            runs[0].companion, runs[1].companion = runs[1], runs[0]
         ended = yield from _listen(verdicts, runs, tally, job["kind"] == "unittest")
         for run in runs:
             run.stop("over")
@@ -271,7 +313,9 @@ def _session(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
         tally.add(*(stopped or ("error", "the tests ended early " + _last_line(runs[-1]))))
     result = tally.result()
     if weak:
-        result |= _weak(result["verdict"], result["failure"])
+        result["weak"] = True
+        if result["verdict"] == "pass" and not job["limits"]["accept_weak"]:
+            result |= {"verdict": "fail", "failure": WEAK}
     return result
 
 
@@ -285,7 +329,7 @@ def _listen(
         if not verdicts.messages:
             return False
         verdict, why = sandbox_wire.loads(verdicts.messages.pop(0))
-        if any(run.cpu_clock() - run.part_cpu_s > run.limits.cpu_s for run in runs):
+        if any(run.part_s() > run.limits.cpu_s for run in runs):
             verdict, why = "timeout", f"took more than {runs[0].limits.cpu_s:g} s of CPU"
         for run in runs:
             run.begin_part()
@@ -295,13 +339,6 @@ def _listen(
             tally.total = int(why)
         elif not tally.add("memory" if why.startswith("MemoryError") else verdict, why):
             return False
-
-
-def _weak(verdict: str, failure: str) -> dict[str, Any]:
-    if verdict != "pass":
-        return {"weak": True}
-    why = "the tests passed in the program's own interpreter, which proves nothing: " + failure
-    return {"weak": True, "verdict": "fail", "failure": why}
 
 
 _FORWARDED = {"sys.stdout", "sys.stderr", "sys.stdin", "builtins.input"}  # see `sandbox_proxy`

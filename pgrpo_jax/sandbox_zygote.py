@@ -10,8 +10,8 @@ Packets on the control socket (descriptor 3, SOCK_SEQPACKET), to the zygote:
     KILL number
 
 and from it: READY text or BROKEN text once; HELLO number, sent by the child itself, so that the
-kernel tells the server its process id; ENDED number status cpu_s peak_kb. The end of the stream
-ends the slot.
+kernel tells the server its process id, with the listener of its refused system calls; ENDED number
+status cpu_s peak_kb. The end of the stream ends the slot.
 
 Part of the sandbox: standard library only.
 """
@@ -33,9 +33,6 @@ import sys
 
 from pgrpo_jax import sandbox_jail, sandbox_run, sandbox_tests, sandbox_wire
 
-LAST_WORD = (
-    6  # where a child keeps the control socket; 0 to 5: stdin stdout stderr job channel verdicts
-)
 THREAD_STACK_MB = 16
 
 # Loaded before the first fork, so that programs need not. More of them would slow each fork down.
@@ -52,32 +49,36 @@ def main(arguments: list[str]) -> None:
     control = socket.socket(fileno=sandbox_wire.CONTROL)
     try:
         said = _prepare(settings)
+        calls = _system_calls(settings["tier"])
     except (OSError, ImportError) as error:
         control.send(bytes([sandbox_wire.BROKEN]) + str(error).encode())
         return
     control.send(bytes([sandbox_wire.READY]) + said.encode())
-    _Slot(control, settings["scratch"], alone=settings["tier"] == "namespaces").serve()
+    alone = settings["tier"] == "namespaces"
+    _Slot(control, settings["scratch"], calls, alone).serve()
 
 
 def _prepare(settings: dict) -> str:
     """Enters the jail, loads what programs import, and says what holds."""
-    tier, scratch = settings["tier"], settings["scratch"]
+    tier, scratch, packages = settings["tier"], settings["scratch"], settings["packages"]
+    paths = [path for path in sys.path if path not in settings["hidden"]] + packages
     user_namespace = sandbox_jail.enter() if tier == "namespaces" else True
     if tier == "namespaces":
+        paths = [sandbox_jail.inside(path) for path in paths]
         _stay_outside_while_it_lives()
         sandbox_jail.build_root(settings["readable"], settings["scratch_mb"])
         if not user_namespace:
             sandbox_jail.become_nobody()
     sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
     _set_thread_stack()
-    sys.path[:] = [p for p in sys.path if p not in settings["hidden"]] + settings["packages"]
+    sys.path[:] = paths
     for name in _MODULES + settings["preload"]:
         importlib.import_module(name)
+    _seed()
     os.register_at_fork = posix.register_at_fork  # see sandbox_slot
     _hide_the_sandbox()
     sandbox_run.install_builtins()
     _make_streams()
-    random.seed(0)  # what a program draws is the same in every run, as its hashes are
     os.chdir(scratch)
     said = tier
     if tier == "landlock":
@@ -88,6 +89,13 @@ def _prepare(settings: dict) -> str:
     gc.collect()
     gc.freeze()
     return said
+
+
+def _seed() -> None:
+    """What a program draws is the same in every run, as its hashes are."""
+    random.seed(0)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(0)
 
 
 def _hide_the_sandbox() -> None:
@@ -132,11 +140,17 @@ def _set_thread_stack() -> None:
 class _Slot:
     """`alone`: this is process 1 of a namespace, and may kill whatever is left in it."""
 
-    def __init__(self, control: socket.socket, scratch: str, alone: bool):
+    def __init__(
+        self,
+        control: socket.socket,
+        scratch: str,
+        calls: sandbox_jail.SystemCalls | None,
+        alone: bool,
+    ):
         self._control = control
         self._scratch = scratch
         self._alone = alone
-        self._calls = sandbox_jail.SystemCalls()
+        self._calls = calls
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
         self._runs: dict[
@@ -188,18 +202,26 @@ class _Slot:
         try:
             sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
             os.setsid()
-            _place(descriptors, self._control.fileno())
             sandbox_jail.limit(cpu_s, memory_mb, file_mb)
             # /dev/stdin is a link into the own folder of /proc; the tests' process stays closed
             sandbox_jail.prctl(sandbox_jail.PR_SET_DUMPABLE, int(role != sandbox_wire.TESTS))
-            self._calls.install()
-            os.write(LAST_WORD, bytes([sandbox_wire.HELLO]) + struct.pack("!I", number))
-            os.close(LAST_WORD)
+            listener = self._calls.install() if self._calls else -1
+            self._greet(number, listener)
+            _place(descriptors)
             if role == sandbox_wire.TESTS:
                 sandbox_tests.run()
             sandbox_run.run(role)
         finally:
             os._exit(1)
+
+    def _greet(self, number: int, listener: int) -> None:
+        hello = bytes([sandbox_wire.HELLO]) + struct.pack("!I", number)
+        if listener < 0:
+            self._control.send(hello)
+        else:
+            rights = struct.pack("i", listener)
+            self._control.sendmsg([hello], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            os.close(listener)
 
     def _bury(self, descriptor: int) -> None:
         pid, number = self._runs.pop(descriptor)
@@ -237,16 +259,35 @@ class _Slot:
         _empty(self._scratch)
 
 
-def _place(descriptors: list[int], control: int) -> None:
-    """Descriptors to 0, 1, 2, ..., control to its place, all others closed.
+def _system_calls(tier: str) -> sandbox_jail.SystemCalls | None:
+    try:
+        return sandbox_jail.SystemCalls(told=_listener_is_allowed())
+    except OSError:
+        if tier != "unsafe":
+            raise
+    return None
+
+
+def _listener_is_allowed() -> bool:
+    """Tried in a child: a filter is for good, and some containers have a listener of their own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(int(sandbox_jail.SystemCalls(told=True).install() < 0))
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _place(descriptors: list[int]) -> None:
+    """Descriptors to 0, 1, 2 (stdin, stdout, stderr), job, channel, verdicts; all others closed.
 
     First out of the way, since they may lie on each other's places.
     """
-    high = [fcntl.fcntl(d, fcntl.F_DUPFD_CLOEXEC, 32) for d in (*descriptors, control)]
-    for place, descriptor in zip((*range(len(descriptors)), LAST_WORD), high, strict=True):
+    high = [fcntl.fcntl(d, fcntl.F_DUPFD_CLOEXEC, 32) for d in descriptors]
+    for place, descriptor in enumerate(high):
         os.dup2(descriptor, place)
-    os.closerange(len(descriptors), LAST_WORD)
-    os.closerange(LAST_WORD + 1, 1024)
+    os.closerange(len(descriptors), 1024)
 
 
 def _empty(folder: str) -> None:

@@ -93,6 +93,7 @@ def train_policy(cfg: config.Config) -> None:
         reward_params, reward_arch, cfg.reward_model.compute, cfg.rewards, words, mesh
     )
     with sandbox.Judge(cfg.judge) as judge:
+        print(f"Programs are judged {judge.workers} at a time in the tier {judge.tier!r}.")
         loop = grpo.Loop(cfg, mesh, words, (arch, params), scorer, judge)
         loop.run()
     fit.publish(

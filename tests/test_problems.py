@@ -81,16 +81,86 @@ def test_every_dialect_reads_the_same_from_every_column_and_packing(name, wrap, 
 
 
 @pytest.mark.parametrize(
-    ("outputs", "wanted"),
+    ("outputs", "wrapped"),
     [
-        ([[3], [[4]]], (3, [4])),  # every output wrapped
-        ([[3], [4, 5]], ([3], [4, 5])),  # a list of two cannot be a wrapper, so none is
-        ([3, [4]], (3, [4])),
+        ([[3], [[4]]], True),  # every output may be wrapped
+        ([[3], [4, 5]], False),  # a list of two cannot be a wrapper, so none is
+        ([3, [4]], False),
     ],
 )
-def test_outputs_in_lists_of_one_are_unwrapped_only_where_all_are(outputs, wanted):
-    tests = {"inputs": [[1], [2]], "outputs": outputs, "fn_name": "f"}
-    assert read({"prompt": "p", "tests": tests}).tests.outputs == wanted
+def test_outputs_in_lists_of_one_may_be_wrapped_only_where_all_are(outputs, wrapped):
+    tests = read(
+        {"prompt": "p", "tests": {"inputs": [[1], [2]], "outputs": outputs, "fn_name": "f"}}
+    ).tests
+    assert (tests.outputs, tests.wrapped) == (tuple(outputs), wrapped)
+
+
+GOOD = {"inputs": ["1"], "outputs": ["1"]}
+CHECK = "def check(candidate):\n    assert candidate(1) == 2\n"
+TEST_CASE = "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        pass\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"tests": "assert f(1) == 2"}, types.Tests("assert", code=("assert f(1) == 2",))),
+        (
+            {"tests": "import math\nx = [1]\nassert f(x)\nassert f(2)"},
+            types.Tests(
+                "assert", code=("assert f(x)", "assert f(2)"), setup="import math\nx = [1]"
+            ),
+        ),
+        (
+            {"tests": "x = f(1)\nassert x\nx = f(2)\nassert x"},  # an order of its own is kept
+            types.Tests("assert", code=("x = f(1)\nassert x\nx = f(2)\nassert x",)),
+        ),
+        ({"tests": CHECK + "check(f)"}, types.Tests("assert", code=(CHECK + "check(f)",))),
+        (
+            {"tests": CHECK, "entry_point": "f"},
+            types.Tests("assert", code=("check(f)",), setup=CHECK),
+        ),
+        (
+            {"tests": {"test": CHECK, "entry_point": "f"}},
+            types.Tests("assert", code=("check(f)",), setup=CHECK),
+        ),
+        ({"tests": TEST_CASE}, types.Tests("unittest", code=(TEST_CASE,))),
+        ({"tests": [TEST_CASE], "kind": "unittest"}, types.Tests("unittest", code=(TEST_CASE,))),
+        (
+            {"tests": json.dumps(json.dumps(["assert f()"]))},
+            types.Tests("assert", code=("assert f()",)),
+        ),
+        (
+            {"tests": {"inputs": [[1]], "outputs": [2], "function": "f"}, "kind": "call"},
+            types.Tests("call", ((1,),), (2,), function="f"),
+        ),
+        (
+            {"tests": {"code": ["assert f()"], "setup": "import os"}, "kind": "assert"},
+            types.Tests("assert", code=("assert f()",), setup="import os"),
+        ),
+        ({"tests": {"input": "1", "output": "2"}}, types.Tests("stdin", ("1",), ("2",))),
+    ],
+)
+def test_the_tests_beside_a_program_may_be_a_row_a_literal_or_source(row, wanted):
+    assert problems.tests(row, "line 1") == wanted
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"tests": CHECK}, "assert nothing; .* needs `entry_point`"),
+        ({"tests": ["def test():\n    assert f()"]}, "assert nothing"),
+        ({"tests": "if __name__ == '__main__':\n    assert f()"}, "assert nothing"),
+        ({"tests": ["assert f("]}, "no Python: '\\(' was never closed"),
+        ({"tests": GOOD, "kind": "call"}, "'kind' is 'call', and its tests are of kind 'stdin'"),
+        ({"tests": {**GOOD, "kind": "stdin", "compare": "odd"}}, "one of lines, tokens, floats"),
+        ({"tests": {**GOOD, "kind": "stdin", "checker": "os:system"}}, "the source of a program"),
+        ({"tests": ""}, "wanted JSON or a Python literal, got ''"),
+        ({"tests": None}, "no known dialect of tests, got None"),
+    ],
+)
+def test_tests_that_would_pass_anything_are_refused(row, sentence):
+    with pytest.raises(ValueError, match=f"line 1.*{sentence}"):
+        problems.tests(row, "line 1")
 
 
 def test_livecodebench_joins_public_and_packed_private_tests():
@@ -198,9 +268,6 @@ def test_bigcodebench_livecodebench_and_code_contests_rows_read():
     assert contest.tests.kind == "stdin" and len(contest.tests) > 5
 
 
-GOOD = {"inputs": ["1"], "outputs": ["1"]}
-
-
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
@@ -225,7 +292,7 @@ GOOD = {"inputs": ["1"], "outputs": ["1"]}
         ({"prompt": "p", "tests": {"kind": "call", "inputs": [[1]], "outputs": [1]}}, "`function`"),
         ({"prompt": "p", "tests": {"kind": "stdin", "input": ["1"]}}, "unknown keys .'input'."),
         ({"prompt": "p", "tests": {"kind": "odd"}}, "stdin, call, assert or unittest, got 'odd'"),
-        ({"prompt": "p", "test": "x = 1", "entry_point": "f"}, "found neither"),
+        ({"prompt": "p", "test": "x = 1", "entry_point": "f"}, "assert nothing"),
         ({"prompt": "p", "reward_model": {"style": "rule"}}, "object with 'ground_truth'"),
         ({"prompt": "p", "tests": "A" * 64}, "packed tests .* do not unpack"),
     ],

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 import types as modules
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from pgrpo_jax import config as c
-from pgrpo_jax import rewards, sharding, tokenizer, types, world
+from pgrpo_jax import rewards, sandbox, sharding, tokenizer, types, world
 from pgrpo_jax.models import reward
 
 WORDS = tokenizer.load("world")
@@ -54,16 +55,28 @@ def completion(text: str, group=0, sample=0, columns=None) -> types.Completion:
 
 
 class Judge:
-    """Says of the i-th program what the i-th verdict is."""
+    """Says of the i-th program what the i-th verdict is; a second passes with each. The second
+    program tries to open a socket, and the third is tested in its own interpreter."""
 
     def __init__(self, *verdicts: types.Verdict):
         self._verdicts, self.programs = list(verdicts), []
 
+    @property
+    def counters(self):
+        number = len(self.programs)
+        return sandbox.Counters(runs=number, slot_rebuilds=number // 4)
+
     def submit(self, program, tests):
         self.programs.append(program)
-        verdict = self._verdicts[len(self.programs) - 1]
+        number = len(self.programs)
+        verdict = self._verdicts[number - 1]
         future = concurrent.futures.Future()
-        future.set_result(types.Result(verdict, int(verdict == "pass"), 1, cpu_s=0.5))
+        denied = ("socket",) if number == 2 else ()
+        future.set_result(
+            types.Result(
+                verdict, int(verdict == "pass"), 1, cpu_s=0.5, denied=denied, weak=number == 3
+            )
+        )
         return future
 
 
@@ -317,7 +330,8 @@ def test_a_function_that_forgets_completions_is_refused(own):
 # --- what is written down
 
 
-def test_metrics_of_a_batch_by_hand():
+def test_metrics_of_a_batch_by_hand(monkeypatch):
+    monkeypatch.setattr(rewards.time, "monotonic", itertools.count(10.0, 2.0).__next__)
     bare = GOOD.replace("<answer>\n", "")  # no answer: no program, and no format
     texts = [GOOD, GOOD, bare, GOOD, GOOD]
     verdicts = ["pass", "pass", "error", "fail", "infra"]
@@ -330,6 +344,10 @@ def test_metrics_of_a_batch_by_hand():
         "judge/error": 1 / 5,
         "judge/infra": 1 / 5,
         "judge/cpu_s": 2.5,
+        "judge/weak": 1 / 5,
+        "judge/passing_with_denied_calls": 1 / 2,
+        "judge/runs_per_s": 5 / 2,
+        "judge/slot_rebuilds": 1,
         "completions/no_program": 1 / 5,
         "completions/no_reasoning": 0,
         "rewards/format/passing": 1,

@@ -7,6 +7,7 @@ import pathlib
 import re
 import time
 
+import judges
 import pytest
 
 from pgrpo_jax import config, sandbox, types
@@ -69,17 +70,18 @@ def honest() -> list[tuple[str, types.Tests, str]]:
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
 def judge(request):
-    try:
-        made = sandbox.Judge(config.JudgeConfig(tier=request.param, **LIMITS))
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    with made:
+    if not judges.tier_is_possible(request.param):
+        pytest.skip(f"this kernel or container has no {request.param}")
+    with sandbox.Judge(config.JudgeConfig(tier=request.param, **LIMITS)) as made:
         yield made
 
 
 def surroundings() -> set[str]:
-    names = {os.path.join(folder, name) for folder in OUTSIDE for name in os.listdir(folder)}
-    return {name for name in names if not name.startswith(("/dev/shm/judge-", "/tmp/bash_jobs"))}
+    """Files outside of every jail that bear a name from one of the programs: others work here
+    too."""
+    text = (DATA / "hostile.txt").read_text(encoding="utf-8")
+    seen = [(f, name) for f in OUTSIDE if os.access(f, os.R_OK) for name in os.listdir(f)]
+    return {os.path.join(folder, name) for folder, name in seen if name in text}
 
 
 def processes_below(pid: int) -> list[int]:
