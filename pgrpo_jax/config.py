@@ -238,6 +238,7 @@ class RewardsConfig(Settings):
     functions: tuple[str, ...] = ()  # "module:function" with TRL's signature
     thinking_batch_size: Positive = 64  # (problem, reasoning) rows scored together
     thinking_max_length: Positive = 2048  # tokens
+    offload: bool = False  # the reward model lies in the host's memory between uses
     shadow_fraction: Fraction = 0.0  # share of failing completions scored too, for the metrics only
 
 

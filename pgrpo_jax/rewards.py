@@ -52,8 +52,29 @@ def user_functions(names: Sequence[str]) -> dict[str, RewardFunction]:
     return found
 
 
+def compile_score(
+    arch: config.Architecture, compute: config.Compute, mesh: jax.sharding.Mesh
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The jitted (params, ids_BT, positions_BT, segments_BT) -> R_t of each row, float32."""
+
+    def score(params: Any, *rows_BT: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(reward.score(params, arch, compute, *rows_BT))
+
+    shapes = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
+    rows = sharding.batch(mesh)
+    return jax.jit(
+        sharding.on(mesh, score),
+        in_shardings=(sharding.shardings(shapes, mesh), rows, rows, rows),
+        out_shardings=rows,
+    )
+
+
 class ThinkingScorer:
-    """R_t = sigmoid(s(problem, reasoning)), in batches of few shapes."""
+    """R_t = sigmoid(s(problem, reasoning)), in batches of few shapes.
+
+    With `settings.offload` the parameters lie in the host's memory and are on the device for the
+    length of a call: drop your own reference to `params`.
+    """
 
     def __init__(
         self,
@@ -64,14 +85,12 @@ class ThinkingScorer:
         words: tokenizer.Tokenizer,
         mesh: jax.sharding.Mesh,
     ):
-        self._params, self._settings, self._words = params, settings, words
         sharding.check_rows(mesh, **{"rewards.thinking_batch_size": settings.thinking_batch_size})
-        rows = sharding.batch(mesh)
-        self._score = jax.jit(
-            lambda params, *rows_BT: jax.nn.sigmoid(reward.score(params, arch, compute, *rows_BT)),
-            in_shardings=(None, rows, rows, rows),
-            out_shardings=sharding.replicated(mesh),
-        )
+        self._settings, self._words, self._mesh = settings, words, mesh
+        self._places = sharding.shardings(params, mesh)
+        self._score = compile_score(arch, compute, mesh)
+        home = sharding.on_host(self._places) if settings.offload else self._places
+        self._params = jax.device_put(params, home)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """R_t of (statement, reasoning) pairs, float32; NaN for a row over the length limit.
@@ -80,6 +99,7 @@ class ThinkingScorer:
         `thinking_max_length`.
         """
         limit, size = self._settings.thinking_max_length, self._settings.thinking_batch_size
+        params = jax.device_put(self._params, self._places)  # moves nothing unless they are away
         ids = [self._words.reward_ids(*pair) for pair in pairs]
         scores = np.full(len(ids), np.nan, np.float32)
         order = sorted(
@@ -97,7 +117,7 @@ class ThinkingScorer:
                 ids_BT[row, : len(ids[i])] = ids[i]
                 segments_BT[row, : len(ids[i])] = 1
             positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BT.shape)
-            found_B = self._score(self._params, ids_BT, positions_BT, segments_BT)
+            found_B = self._score(params, ids_BT, positions_BT, segments_BT)
             scores[some] = np.asarray(found_B)[: len(some)]
         return scores
 

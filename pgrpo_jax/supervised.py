@@ -51,7 +51,7 @@ def compile_sft(
     params = jax.eval_shape(lambda key: decoder.init(arch, compute, key), jax.random.key(0))
     places = optimizer.state_shardings(params, tx, mesh)
     return jax.jit(
-        step,
+        sharding.on(mesh, step),
         donate_argnums=0,
         in_shardings=(places, sharding.batch(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
@@ -103,7 +103,7 @@ def compile_reward_update(
     params = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
     places = optimizer.state_shardings(params, tx, mesh)
     return jax.jit(
-        step,
+        sharding.on(mesh, step),
         donate_argnums=0,
         in_shardings=(places, sharding.batch(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
