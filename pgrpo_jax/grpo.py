@@ -18,6 +18,7 @@ from pgrpo_jax import (
     metrics,
     optimizer,
     progress,
+    reshard,
     rewards,
     rng,
     sandbox,
@@ -68,6 +69,8 @@ class Loop:
         self.engine = Engine(
             cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids, words.pad_id
         )
+        self.for_rollout = reshard.compile_reshard(cfg, arch, mesh)
+        self.reshard_bytes = float(reshard.received_bytes(cfg, arch, mesh))
         self.update = update.compile_update(cfg, arch, mesh)
         tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
         self.reference = None
@@ -138,8 +141,9 @@ class Loop:
     def _evaluate(self, log: metrics.Log, step: int) -> None:
         clock = Clock()
         with clock.phase("evaluate"):
+            params = self.for_rollout(self.state.params)
             values, judged = evaluate.evaluate(
-                self.cfg, self.engine, self.state.params, self.held, self.words, self.judge
+                self.cfg, self.engine, params, self.held, self.words, self.judge
             )
         tokens = float(sum(len(j.completion.ids) for j in judged))
         log.metrics(step, values | clock.metrics() | {"tokens": tokens})
@@ -151,7 +155,7 @@ class Loop:
         session = rewards.Rewards(cfg, self.words, self.judge, self.scorer)
         with clock.phase("rollout"):
             stream = self.engine.generate(
-                self.state.params,
+                self.for_rollout(self.state.params),
                 prompts,
                 cfg.rollout.num_generations,
                 rng.integer(cfg.seed, "rollout"),
@@ -189,6 +193,7 @@ class Loop:
             **length_metrics(scored.completions),
             **seconds,
             **speed,
+            "reshard/received_bytes": self.reshard_bytes,
         }
 
 

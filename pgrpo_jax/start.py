@@ -103,8 +103,14 @@ def reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Pa
 
 
 def _model(settings: config.ModelConfig, mesh, load_from, init, key) -> tuple[Architecture, Params]:
-    if settings.architecture is None:
-        return load_from(settings.checkpoint, settings.compute, mesh)
+    if settings.checkpoint:
+        arch, params = load_from(settings.checkpoint, settings.compute, mesh)
+        config.require(
+            settings.architecture in (None, arch),
+            f"{settings.checkpoint!r} is of {arch}, the configuration says "
+            f"{settings.architecture}; correct its `architecture`, or leave it out",
+        )
+        return arch, params
     arch, compute = settings.architecture, settings.compute
 
     def make(key):

@@ -6,16 +6,19 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    9: "train",  # the whole run: it calls the stages
-    8: "grpo",
+    11: "compile",
+    10: "suggest",
+    9: "train footprint",  # train is the whole run: it calls the stages
+    8: "grpo programs",
     7: "sft make_pairs train_reward evaluate rewards",
     6: "start fit update supervised report summary sandbox",
-    5: "rollout models.reward checkpoint sandbox_server",
+    5: "rollout reshard models.reward checkpoint sandbox_server",
     4: "models.decoder models.load data sandbox_work sandbox_zygote",
     3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
-    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_run",
-    1: "sharding algo world cli figures sandbox_proxy",
-    0: "types config rng masked metrics parse compare charts interrupt progress sandbox_wire "
+    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs roofline "
+    "sandbox_run",
+    1: "sharding algo world cli figures topology sandbox_proxy",
+    0: "types config rng masked metrics parse compare charts interrupt progress hlo sandbox_wire "
     "sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
