@@ -50,7 +50,7 @@ def config() -> Config:
     model = ModelConfig(
         checkpoint=CHECKPOINT,
         architecture=ARCHITECTURE,
-        compute=Compute(dtype="bfloat16", remat="full"),
+        compute=Compute(dtype="bfloat16", remat="full", logprob_chunk=65536),
     )
     return Config(
         policy=model,
@@ -80,7 +80,7 @@ def config() -> Config:
         rewards=RewardsConfig(thinking_max_length=6144, shadow_fraction=0.05),
         update=UpdateConfig(
             steps=190,
-            micro_batch_size=64,
+            micro_batch_size=32,
             epsilon=0.2,
             epsilon_high=0.28,
             optimizer=Optimizer(learning_rate=1e-6),

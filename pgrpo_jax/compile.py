@@ -21,7 +21,7 @@ import rich.console
 import rich.table
 import tyro
 
-from pgrpo_jax import cli, config, footprint, roofline, suggest, topology
+from pgrpo_jax import cli, config, footprint, programs, roofline, suggest, topology
 from pgrpo_jax.footprint import Report
 from pgrpo_jax.topology import GIB
 
@@ -141,11 +141,12 @@ def main(line: Line) -> None:
     config.require(
         bool(line.topology), "--topology is missing: name a slice, such as --topology v5p:4x4x4"
     )
+    cfg = programs.on_tpu(line.run)
     with topology.compiler():
         if line.suggest:
-            sys.exit(0 if suggest.search(line.run, line.topology, console) else 1)
+            sys.exit(0 if suggest.search(cfg, line.topology, console) else 1)
         found = []
-        for report in footprint.reports(line.run, line.topology):
+        for report in footprint.reports(cfg, line.topology):
             print(f"{report.name}: {report.compile_s:.0f} s to compile", file=sys.stderr)
             found.append(report)
     print_reports(found, line.topology, console)
@@ -173,7 +174,7 @@ def write(path: pathlib.Path, line: Line, found: list[Report]) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n")
 
 
-def _run(line: Line) -> None:
+def run(line: Line) -> None:
     """`main`, whose complaints are sentences on the terminal."""
     logging.basicConfig(format="%(message)s")
     try:
@@ -184,4 +185,4 @@ def _run(line: Line) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_line(_run, Line, __doc__)
+    cli.run_line(run, Line, __doc__)

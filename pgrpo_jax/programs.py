@@ -61,6 +61,19 @@ def architectures(cfg: config.Config) -> tuple[Architecture, Architecture]:
     return policy, policy if cfg.reward_training.trunk == "policy" else one(cfg.reward_model)
 
 
+def on_tpu(cfg: config.Config) -> config.Config:
+    """The settings, with the attention that "auto" means there."""
+
+    def one(model: config.ModelConfig) -> config.ModelConfig:
+        if model.compute.attention != "auto":
+            return model
+        return dataclasses.replace(
+            model, compute=dataclasses.replace(model.compute, attention="pallas")
+        )
+
+    return dataclasses.replace(cfg, policy=one(cfg.policy), reward_model=one(cfg.reward_model))
+
+
 def programs(cfg: config.Config, mesh: Mesh) -> Iterator[Program]:
     """Every program of the run, in the order in which it runs them."""
     policy, judge = architectures(cfg)

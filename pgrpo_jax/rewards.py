@@ -11,12 +11,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import zip_longest
 from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from pgrpo_jax import config, metrics, parse, sandbox, sharding, tokenizer, types
+from pgrpo_jax import config, hosts, metrics, parse, sandbox, sharding, tokenizer, types
 from pgrpo_jax.models import reward
 
 TERMS = ("format", "outcome", "thinking")
@@ -90,7 +91,7 @@ class ThinkingScorer:
         self._places = sharding.shardings(params, mesh)
         self._score = compile_score(arch, compute, mesh)
         home = sharding.on_host(self._places) if settings.offload else self._places
-        self._params = jax.device_put(params, home)
+        self.params = jax.device_put(params, home)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """R_t of (statement, reasoning) pairs, float32; NaN for a row over the length limit.
@@ -98,28 +99,33 @@ class ThinkingScorer:
         A batch is as long as its longest row asks for: an eighth, a quarter, a half or all of
         `thinking_max_length`.
         """
-        limit, size = self._settings.thinking_max_length, self._settings.thinking_batch_size
-        params = jax.device_put(self._params, self._places)  # moves nothing unless they are away
+        limit = self._settings.thinking_max_length
+        size = self._settings.thinking_batch_size // jax.process_count()
+        params = jax.device_put(self.params, self._places)  # moves nothing unless they are away
         ids = [self._words.reward_ids(*pair) for pair in pairs]
         scores = np.full(len(ids), np.nan, np.float32)
         order = sorted(
             (i for i in range(len(ids)) if len(ids[i]) <= limit), key=lambda i: len(ids[i])
         )
-        for begin in range(0, len(order), size):
-            some = order[begin : begin + size]
-            longest = len(ids[some[-1]])
-            length = next(
-                n for n in (-(-limit // 8), -(-limit // 4), -(-limit // 2), limit) if n >= longest
-            )
+        batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        for length, some in zip_longest(self._lengths(ids, batches), batches, fillvalue=[]):
             ids_BT = np.full((size, length), self._words.pad_id, np.int32)
             segments_BT = np.zeros_like(ids_BT)
             for row, i in enumerate(some):
                 ids_BT[row, : len(ids[i])] = ids[i]
                 segments_BT[row, : len(ids[i])] = 1
             positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BT.shape)
-            found_B = self._score(params, ids_BT, positions_BT, segments_BT)
-            scores[some] = np.asarray(found_B)[: len(some)]
+            rows = sharding.put_rows(self._mesh, (ids_BT, positions_BT, segments_BT))
+            scores[some] = sharding.local_rows(self._score(params, *rows))[: len(some)]
         return scores
+
+    def _lengths(self, ids: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> list[int]:
+        """The length of each batch; processes agree on it, as they do on the number of batches."""
+        limit = self._settings.thinking_max_length
+        own = [max(len(ids[i]) for i in some) for some in batches]
+        longest = [max(one) for one in zip_longest(*hosts.gather(own), fillvalue=0)]
+        buckets = -(-limit // 8), -(-limit // 4), -(-limit // 2), limit
+        return [next(bucket for bucket in buckets if bucket >= length) for length in longest]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ own: parameters in `rollout_shardings`, rows and key/value heads in `rollout.slo
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -157,6 +157,30 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes))
+
+
+def axis_size(name: str) -> int:
+    """Devices on an axis of the mesh of `on`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[name]
+
+
+def on_devices(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[str], out: str
+) -> Callable[..., jax.Array]:
+    """`function` for a kernel: called on each device with its part of `arrays`, whose axes have
+    these letters. It needs no other part. `out` are the letters of its result."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    specs = [activation_spec(x.shape, letters) for x, letters in zip(arrays, axes, strict=True)]
+    split = {
+        a: s
+        for spec, letters in zip(specs, axes, strict=True)
+        for a, s in zip(letters, spec, strict=True)
+    }
+    return jax.shard_map(
+        function, in_specs=tuple(specs), out_specs=P(*(split[a] for a in out)), check_vma=False
+    )
 
 
 def activation_spec(shape: tuple[int, ...], axes: str) -> P:

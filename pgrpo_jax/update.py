@@ -62,6 +62,7 @@ def compile_update(
     Call it `num_iterations` times with the same batch. Only in the first of these calls does
     mismatch_* compare the sampler with the trainer at equal parameters.
     """
+    sharding.check_rows(mesh, **{"update.micro_batch_size": cfg.update.micro_batch_size})
     tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
     learning_rate = optimizer.schedule(
         cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations

@@ -15,11 +15,11 @@ FLOORS = {
     5: "rollout reshard models.reward checkpoint sandbox_server",
     4: "models.decoder models.load data sandbox_work sandbox_zygote",
     3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
-    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs roofline "
+    2: "models.layers models.logprobs kernels.flash_attention tokenizer optimizer configs roofline "
     "sandbox_run",
-    1: "sharding algo world cli figures topology sandbox_proxy",
-    0: "types config rng masked metrics parse compare charts interrupt progress hlo sandbox_wire "
-    "sandbox_jail",
+    1: "kernels.attention sharding algo world cli figures topology sandbox_proxy",
+    0: "types config rng masked metrics parse compare charts interrupt progress hlo hosts "
+    "sandbox_wire sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
