@@ -12,6 +12,7 @@ This configuration has not been run on hardware: neither its time nor its result
 """
 
 from pgrpo_jax.config import (
+    Architecture,
     Compute,
     Config,
     DataConfig,
@@ -26,11 +27,18 @@ from pgrpo_jax.config import (
 )
 
 CHECKPOINT = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+ARCHITECTURE = Architecture(
+    vocab_size=151936, width=896, layers=24, heads=14, kv_heads=2, head_dim=64, mlp=4864
+)
 
 
 def config() -> Config:
     """16 prompts x 8 completions a step, of 1,024 tokens at most."""
-    model = ModelConfig(checkpoint=CHECKPOINT, compute=Compute(dtype="bfloat16", remat="full"))
+    model = ModelConfig(
+        checkpoint=CHECKPOINT,
+        architecture=ARCHITECTURE,
+        compute=Compute(dtype="bfloat16", remat="full"),
+    )
     return Config(
         policy=model,
         reward_model=model,

@@ -17,6 +17,7 @@ outcome-only GRPO has 54.9 %.
 """
 
 from pgrpo_jax.config import (
+    Architecture,
     Compute,
     Config,
     DataConfig,
@@ -32,11 +33,25 @@ from pgrpo_jax.config import (
 )
 
 CHECKPOINT = "Qwen/Qwen2.5-Coder-7B-Instruct"
+ARCHITECTURE = Architecture(
+    vocab_size=152064,
+    width=3584,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    mlp=18944,
+    tied_embeddings=False,
+)
 
 
 def config() -> Config:
     """The paper's published settings, and our choice where it published none."""
-    model = ModelConfig(checkpoint=CHECKPOINT, compute=Compute(dtype="bfloat16", remat="full"))
+    model = ModelConfig(
+        checkpoint=CHECKPOINT,
+        architecture=ARCHITECTURE,
+        compute=Compute(dtype="bfloat16", remat="full", logprob_chunk=65536),
+    )
     return Config(
         policy=model,
         reward_model=model,
@@ -65,7 +80,7 @@ def config() -> Config:
         rewards=RewardsConfig(thinking_max_length=6144, shadow_fraction=0.05),
         update=UpdateConfig(
             steps=190,
-            micro_batch_size=64,
+            micro_batch_size=32,
             epsilon=0.2,
             epsilon_high=0.28,
             optimizer=Optimizer(learning_rate=1e-6),

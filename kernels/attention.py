@@ -29,8 +29,10 @@ def reference(
     segments_BT: jax.Array,
     positions_BS: jax.Array,
     segments_BS: jax.Array,
+    *,
+    soft_cap: float | None = None,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v -> out_BTNH."""
+    """softmax(q k / sqrt(H)) v -> out_BTNH; logits are soft_cap * tanh(logits / soft_cap)."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     if N % K or k_BSKH.shape != v_BSKH.shape or k_BSKH.shape[3] != H:
@@ -43,6 +45,8 @@ def reference(
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
+    if soft_cap is not None:
+        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     mask_BTS = mask(positions_BT, segments_BT, positions_BS, segments_BS)
     weights_BKGTS = _softmax(scores_BKGTS, mask_BTS[:, None, None]).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)

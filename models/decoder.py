@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pgrpo_jax import sharding
 from pgrpo_jax.config import Architecture, Compute
 from pgrpo_jax.models import attention, layers
 from pgrpo_jax.models import cache as caches
@@ -58,9 +59,9 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, layer, cache, rows, angles):
         arch = self.arch
-        q_BTNH = self._heads("query", arch.heads, x_BTD, angles)
-        k_BTKH = self._heads("key", arch.kv_heads, x_BTD, angles)
-        v_BTKH = self._project("value", arch.kv_heads)(x_BTD)
+        q_BTNH = sharding.constrain(self._heads("query", arch.heads, x_BTD, angles), "BTNH")
+        k_BTKH = sharding.constrain(self._heads("key", arch.kv_heads, x_BTD, angles), "BTKH")
+        v_BTKH = sharding.constrain(self._project("value", arch.kv_heads)(x_BTD), "BTKH")
         k_BSKH, v_BSKH, columns = k_BTKH, v_BTKH, rows
         if cache is not None:
             cache = caches.write_layer(cache, layer, k_BTKH, v_BTKH)
@@ -96,9 +97,10 @@ class _Layer(nn.Module):
         attend = _Attention(self.arch, self.compute, name="attention")
         y_BTD = layers.RMSNorm(eps, dtype, name="attention_norm")(x_BTD)
         y_BTD, cache = attend(y_BTD, layer, cache, rows, angles)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = sharding.constrain(x_BTD + y_BTD, "BTD")
         y_BTD = layers.RMSNorm(eps, dtype, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + layers.MLP(self.arch, self.compute, name="mlp")(y_BTD)
+        y_BTD = layers.MLP(self.arch, self.compute, name="mlp")(y_BTD)
+        x_BTD = sharding.constrain(x_BTD + y_BTD, "BTD")
         return (x_BTD, cache), None
 
 
@@ -114,7 +116,7 @@ class _Decoder(nn.Module):
         embedding_VD = self.param("embedding", init, shape_VD, compute.param_dtype)
         if self.is_initializing() and not arch.tied_embeddings:  # a reward trunk goes without
             self.param("unembedding", init, shape_VD[::-1], compute.param_dtype)
-        x_BTD = embedding_VD[ids_BT].astype(compute.dtype)
+        x_BTD = sharding.constrain(embedding_VD[ids_BT].astype(compute.dtype), "BTD")
         if cache is not None:
             cache = caches.write_rows(cache, positions_BT, segments_BT)
         # The cache is carried, not scanned over: scanning would copy it for every token.

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pgrpo_jax import sharding
 from pgrpo_jax.config import Architecture, Compute
 
 
@@ -66,7 +67,7 @@ class MLP(nn.Module):
         down = Projection(
             "BTF,FD->BTD", (F, D), self.compute, gain=residual_gain(self.arch), name="down"
         )
-        return down(nn.silu(gate_BTF) * up_BTF)
+        return down(sharding.constrain(nn.silu(gate_BTF) * up_BTF, "BTF"))
 
 
 def residual_gain(arch: Architecture) -> float:

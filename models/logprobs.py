@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pgrpo_jax import sharding
+
 
 def logprobs(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, temperature: float, chunk: int
@@ -29,6 +31,7 @@ def logprobs(
     def of_chunk(x_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         w = w_DV.astype(x_BTD.dtype)
         logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w, preferred_element_type=jnp.float32)
+        logits_BTV = sharding.constrain(logits_BTV, "BTV")
         return of_logits(logits_BTV / temperature, targets_BT)
 
     if chunks == 1:

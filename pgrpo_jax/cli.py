@@ -31,11 +31,15 @@ DEFAULT = "tiny"
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """The settings tree, and the two options that stand outside it."""
+    """The settings tree, and the two options that stand outside it. A command that has more options
+    adds them in a subclass, each with a default."""
 
     run: Annotated[Config, tyro.conf.arg(name="")]
     config: str = DEFAULT  # a built-in name, a .py file with config(), or a .json file
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False  # print the settings and stop
+
+
+Line = typing.TypeVar("Line", bound=CommandLine)
 
 
 def run(main: Callable[[Config], None], doc: str, argv: Sequence[str] | None = None) -> None:
@@ -43,10 +47,17 @@ def run(main: Callable[[Config], None], doc: str, argv: Sequence[str] | None = N
 
     A mistake on the command line ends the process with one sentence and status 2.
     """
+    run_line(lambda line: main(line.run), CommandLine, doc, argv)
+
+
+def run_line(
+    main: Callable[[Line], None], kind: type[Line], doc: str, argv: Sequence[str] | None = None
+) -> None:
+    """The same for a command with options of its own, those of `kind`."""
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else pathlib.Path(sys.argv[0]).name
     try:
-        line = parse(sys.argv[1:] if argv is None else argv, doc, program)
+        line = parse(sys.argv[1:] if argv is None else argv, doc, program, kind)
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -54,25 +65,26 @@ def run(main: Callable[[Config], None], doc: str, argv: Sequence[str] | None = N
         print(to_json(line.run))
     else:
         allocator.keep_freed_memory()
-        main(line.run)
+        main(line)
 
 
-def parse(argv: Sequence[str], doc: str, program: str) -> CommandLine:
+def parse(argv: Sequence[str], doc: str, program: str, kind: type[Line]) -> Line:
     """The settings that `argv` asks for. Raises ValueError; tyro ends with status 2 by itself."""
     chooser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     chooser.add_argument("--config", default=DEFAULT)
     name = chooser.parse_known_args(argv)[0].config
     given = [arg.split("=")[0].replace("_", "-") for arg in argv if arg.startswith("--")]
     default = _prefer_checkpoints(load(name), given)
-    known = ["--config", "--dry-run", "--help", *options(default)]
+    own = (f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)[1:])
+    known = ["--help", *own, *options(default)]
     for option in given:
         require(
             option in known,
             f"unknown option {option}; the nearest is {nearest(option, known)} (--help lists all)",
         )
     return tyro.cli(
-        CommandLine,
-        default=CommandLine(default, name),
+        kind,
+        default=kind(default, name),
         args=argv,
         prog=program,
         description=f"{doc.strip()}\n\nBuilt-in configurations: {', '.join(builtin())}.",

@@ -117,13 +117,17 @@ class Compute(Settings):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: Positive = 1
-    attention: Literal["auto", "reference"] = "auto"
+    attention: Literal["auto", "pallas", "reference"] = "auto"
     logprob_chunk: Positive = 1024  # tokens whose [chunk, V] logits exist at one time
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Settings):
-    """A Hugging Face folder or hub id to start from, or an architecture to start from nothing."""
+    """A Hugging Face folder or hub id to start from, or an architecture to start from nothing.
+
+    With both, the checkpoint must be of the architecture, and what looks at shapes alone, as
+    `compile` does, does not fetch it.
+    """
 
     checkpoint: str = ""
     architecture: Architecture | None = None
@@ -132,9 +136,9 @@ class ModelConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         require(
-            bool(self.checkpoint) != (self.architecture is not None),
-            "a model needs either `checkpoint` (a Hugging Face folder or hub id) or an "
-            f"`architecture`, got checkpoint={self.checkpoint!r} and {self.architecture}",
+            bool(self.checkpoint) or self.architecture is not None,
+            "a model needs a `checkpoint` (a Hugging Face folder or hub id) or an `architecture`, "
+            "got neither",
         )
 
 
@@ -239,6 +243,7 @@ class RewardsConfig(Settings):
     functions: tuple[str, ...] = ()  # "module:function" with TRL's signature
     thinking_batch_size: Positive = 64  # (problem, reasoning) rows scored together
     thinking_max_length: Positive = 2048  # tokens
+    offload: bool = False  # the reward model lies in the host's memory between uses
     shadow_fraction: Fraction = 0.0  # share of failing completions scored too, for the metrics only
 
 

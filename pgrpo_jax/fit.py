@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from pgrpo_jax import checkpoint, config, interrupt, metrics, progress
+from pgrpo_jax import checkpoint, config, hosts, interrupt, metrics, progress, sharding
 from pgrpo_jax.data import Batches
 from pgrpo_jax.optimizer import TrainState
 from pgrpo_jax.tokenizer import Tokenizer
@@ -42,6 +42,7 @@ def fit(
     cfg: config.Config,
     stage: str,
     steps: int,
+    mesh: jax.sharding.Mesh,
     state: TrainState,
     step: Step,
     batches: Batches,
@@ -81,11 +82,11 @@ def fit(
             begin, previous = time.perf_counter(), None
             for i in range(done, steps):
                 batch = next(batches)
-                state, values = step(state, batch)
+                state, values = step(state, sharding.put_rows(mesh, batch))
                 if previous is not None:  # one step late: the device works on this one meanwhile
                     write(i - 1, previous)
                 now = time.perf_counter()
-                tokens = count_tokens(batch)
+                tokens = sum(hosts.gather(count_tokens(batch)))
                 previous = values | {
                     "time/step_s": now - begin,
                     "tokens": tokens,

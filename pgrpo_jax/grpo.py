@@ -1,6 +1,7 @@
 """The P-GRPO loop: sample, judge, score the reasonings, update (arXiv 2508.05170, section 3.2)."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,16 +16,18 @@ from pgrpo_jax import (
     data,
     evaluate,
     fit,
+    hosts,
     interrupt,
     metrics,
     optimizer,
     progress,
+    reshard,
     rewards,
     rng,
     sandbox,
+    sharding,
     start,
     tokenizer,
-    types,
     update,
 )
 from pgrpo_jax.config import Architecture
@@ -65,10 +68,13 @@ class Loop:
         judge: sandbox.Judge,
     ):
         self.cfg, self.words, self.judge, self.scorer = cfg, words, judge, scorer
+        self.mesh = mesh
         arch, params = policy
         self.engine = Engine(
             cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids, words.pad_id
         )
+        self.for_rollout = reshard.compile_reshard(cfg, arch, mesh)
+        self.reshard_bytes = float(reshard.received_bytes(cfg, arch, mesh))
         self.update = update.compile_update(cfg, arch, mesh)
         tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
         self.reference = None
@@ -142,8 +148,9 @@ class Loop:
     def _evaluate(self, log: metrics.Log, step: int) -> None:
         clock = Clock()
         with clock.phase("evaluate"):
+            params = self.for_rollout(self.state.params)
             values, judged = evaluate.evaluate(
-                self.cfg, self.engine, self.state.params, self.held, self.words, self.judge
+                self.cfg, self.engine, params, self.held, self.words, self.judge
             )
         tokens = float(sum(len(j.completion.ids) for j in judged))
         log.metrics(step, values | clock.metrics() | {"tokens": tokens})
@@ -155,7 +162,7 @@ class Loop:
         session = rewards.Rewards(cfg, self.words, self.judge, self.scorer)
         with clock.phase("rollout"):
             stream = self.engine.generate(
-                self.state.params,
+                self.for_rollout(self.state.params),
                 prompts,
                 cfg.rollout.num_generations,
                 rng.integer(cfg.seed, "rollout"),
@@ -168,16 +175,18 @@ class Loop:
         with clock.phase("thinking"):
             scored = session.finish()
         with clock.phase("update"):
-            batch = update_batch(cfg, self.words.pad_id, scored)
+            batch = sharding.put_rows(self.mesh, update_batch(cfg, self.words.pad_id, scored))
             if self.reference is not None:
                 batch = batch.replace(ref_logp_BT=self.reference(batch))
             for iteration in range(cfg.update.num_iterations):
                 self.state, values, advantage_B = self.update(self.state, batch)
                 if iteration == 0:
                     first = values
-            values, advantage_B = jax.device_get((values | _mismatch(first), advantage_B))
-        log.completions(step, scored.rows(advantage_B))
-        tokens = sum(len(c.ids) for c in scored.completions)
+            values = jax.device_get(values | _mismatch(first))
+        own = [dataclasses.asdict(row) for row in scored.rows(sharding.local_rows(advantage_B))]
+        rows = [metrics.CompletionRow(**row) for rows in hosts.gather(own) for row in rows]
+        log.completions(step, rows)
+        tokens = sum(row.length for row in rows)
         seconds = clock.metrics()
         speed = {"tokens": float(tokens), "tokens_per_s": tokens / seconds["time/step_s"]}
         judged = [
@@ -188,11 +197,11 @@ class Loop:
         ]
         return {
             **{name: float(value) for name, value in values.items()},
-            **scored.values,
-            **evaluate.oracle(judged, scored.terms["thinking"]),
-            **length_metrics(scored.completions),
+            **hosts.mean(scored.values | evaluate.oracle(judged, scored.terms["thinking"])),
+            **length_metrics(rows),
             **seconds,
             **speed,
+            "reshard/received_bytes": self.reshard_bytes,
         }
 
 
@@ -201,13 +210,13 @@ def _mismatch(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: value for name, value in values.items() if name.startswith("mismatch_")}
 
 
-def length_metrics(completions: Sequence[types.Completion]) -> dict[str, float]:
+def length_metrics(rows: Sequence[metrics.CompletionRow]) -> dict[str, float]:
     """Lengths in tokens, and the share that the limit cut."""
-    lengths = [len(c.ids) for c in completions]
+    lengths = [row.length for row in rows]
     return {
         "completions/mean_length": float(np.mean(lengths)),
         "completions/max_length": float(np.max(lengths)),
-        "completions/clipped_ratio": float(np.mean([c.truncated for c in completions])),
+        "completions/clipped_ratio": float(np.mean([row.truncated for row in rows])),
     }
 
 

@@ -12,12 +12,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import zip_longest
 from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from pgrpo_jax import config, metrics, parse, sandbox, sharding, tokenizer, types
+from pgrpo_jax import config, hosts, metrics, parse, sandbox, sharding, tokenizer, types
 from pgrpo_jax.models import reward
 
 TERMS = ("format", "outcome", "thinking")
@@ -53,8 +54,29 @@ def user_functions(names: Sequence[str]) -> dict[str, RewardFunction]:
     return found
 
 
+def compile_score(
+    arch: config.Architecture, compute: config.Compute, mesh: jax.sharding.Mesh
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The jitted (params, ids_BT, positions_BT, segments_BT) -> R_t of each row, float32."""
+
+    def score(params: Any, *rows_BT: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(reward.score(params, arch, compute, *rows_BT))
+
+    shapes = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
+    rows = sharding.batch(mesh)
+    return jax.jit(
+        sharding.on(mesh, score),
+        in_shardings=(sharding.shardings(shapes, mesh), rows, rows, rows),
+        out_shardings=rows,
+    )
+
+
 class ThinkingScorer:
-    """R_t = sigmoid(s(problem, reasoning)), in batches of few shapes."""
+    """R_t = sigmoid(s(problem, reasoning)), in batches of few shapes.
+
+    With `settings.offload` the parameters lie in the host's memory and are on the device for the
+    length of a call: drop your own reference to `params`.
+    """
 
     def __init__(
         self,
@@ -65,14 +87,12 @@ class ThinkingScorer:
         words: tokenizer.Tokenizer,
         mesh: jax.sharding.Mesh,
     ):
-        self._params, self._settings, self._words = params, settings, words
         sharding.check_rows(mesh, **{"rewards.thinking_batch_size": settings.thinking_batch_size})
-        rows = sharding.batch(mesh)
-        self._score = jax.jit(
-            lambda params, *rows_BT: jax.nn.sigmoid(reward.score(params, arch, compute, *rows_BT)),
-            in_shardings=(None, rows, rows, rows),
-            out_shardings=sharding.replicated(mesh),
-        )
+        self._settings, self._words, self._mesh = settings, words, mesh
+        self._places = sharding.shardings(params, mesh)
+        self._score = compile_score(arch, compute, mesh)
+        home = sharding.on_host(self._places) if settings.offload else self._places
+        self.params = jax.device_put(params, home)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """R_t of (statement, reasoning) pairs, float32; NaN for a row over the length limit.
@@ -80,27 +100,33 @@ class ThinkingScorer:
         A batch is as long as its longest row asks for: an eighth, a quarter, a half or all of
         `thinking_max_length`.
         """
-        limit, size = self._settings.thinking_max_length, self._settings.thinking_batch_size
+        limit = self._settings.thinking_max_length
+        size = self._settings.thinking_batch_size // jax.process_count()
+        params = jax.device_put(self.params, self._places)  # moves nothing unless they are away
         ids = [self._words.reward_ids(*pair) for pair in pairs]
         scores = np.full(len(ids), np.nan, np.float32)
         order = sorted(
             (i for i in range(len(ids)) if len(ids[i]) <= limit), key=lambda i: len(ids[i])
         )
-        for begin in range(0, len(order), size):
-            some = order[begin : begin + size]
-            longest = len(ids[some[-1]])
-            length = next(
-                n for n in (-(-limit // 8), -(-limit // 4), -(-limit // 2), limit) if n >= longest
-            )
+        batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        for length, some in zip_longest(self._lengths(ids, batches), batches, fillvalue=[]):
             ids_BT = np.full((size, length), self._words.pad_id, np.int32)
             segments_BT = np.zeros_like(ids_BT)
             for row, i in enumerate(some):
                 ids_BT[row, : len(ids[i])] = ids[i]
                 segments_BT[row, : len(ids[i])] = 1
             positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BT.shape)
-            found_B = self._score(self._params, ids_BT, positions_BT, segments_BT)
-            scores[some] = np.asarray(found_B)[: len(some)]
+            rows = sharding.put_rows(self._mesh, (ids_BT, positions_BT, segments_BT))
+            scores[some] = sharding.local_rows(self._score(params, *rows))[: len(some)]
         return scores
+
+    def _lengths(self, ids: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> list[int]:
+        """The length of each batch; processes agree on it, as they do on the number of batches."""
+        limit = self._settings.thinking_max_length
+        own = [max(len(ids[i]) for i in some) for some in batches]
+        longest = [max(one) for one in zip_longest(*hosts.gather(own), fillvalue=0)]
+        buckets = -(-limit // 8), -(-limit // 4), -(-limit // 2), limit
+        return [next(bucket for bucket in buckets if bucket >= length) for length in longest]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,15 +181,18 @@ class Engine:
         everywhere, rows = sharding.replicated(mesh), sharding.batch(mesh)
         slots = slots_sharding(arch, mesh)
         shape = {"arch": arch, "compute": compute, "new_tokens": cfg.max_completion_length}
-        self._prefill = jax.jit(functools.partial(prefill, **shape), out_shardings=slots)
-        self._decode = jax.jit(
-            functools.partial(
-                decode,
-                **shape,
-                truncate=sampling.truncation(cfg.top_k, cfg.top_p),
-                stop_ids=tuple(stop_ids),
-                pad_id=pad_id,
-            ),
+        self.prefill = jax.jit(
+            sharding.on(mesh, functools.partial(prefill, **shape)), out_shardings=slots
+        )
+        chunk = functools.partial(
+            decode,
+            **shape,
+            truncate=sampling.truncation(cfg.top_k, cfg.top_p),
+            stop_ids=tuple(stop_ids),
+            pad_id=pad_id,
+        )
+        self.decode = jax.jit(
+            sharding.on(mesh, chunk),
             donate_argnums=1,
             in_shardings=(None, slots, everywhere),
             out_shardings=(slots, rows),
@@ -216,7 +219,7 @@ class Engine:
         key = rng.key(seed, "rollout", step)
         scale = np.float32(self._cfg.temperature if temperature is None else temperature)
         first_samples = _first_samples(prompts, num_samples)
-        size = self._prompts_at_once(num_samples)
+        size = self.prompts_at_once(num_samples)
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             firsts = first_samples[start : start + size]
@@ -242,10 +245,10 @@ class Engine:
                 "the problem"
             )
 
-    def _prompts_at_once(self, num_samples: int) -> int:
+    def prompts_at_once(self, num_samples: int) -> int:
         """As many as fill the batch, rounded up to what the mesh can split."""
         rows = self._cfg.batch_size or self._cfg.prompts_per_step * self._cfg.num_generations
-        parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        parts = sharding.row_parts(self._mesh)
         multiple = parts // math.gcd(parts, num_samples)
         return math.ceil(max(rows // num_samples, 1) / multiple) * multiple
 
@@ -272,12 +275,12 @@ class Engine:
             samples_PG[i] = first + np.arange(num_samples)
         rows = sharding.batch(self._mesh)
         # Too few prompts to split: every device prefills them all.
-        splits = size % (self._mesh.shape["data"] * self._mesh.shape["fsdp"]) == 0
+        splits = size % sharding.row_parts(self._mesh) == 0
         ids, mask = jax.device_put(
             (ids_PT, mask_PT), rows if splits else sharding.replicated(self._mesh)
         )
         names, samples = jax.device_put((names_PG.reshape(-1), samples_PG.reshape(-1)), rows)
-        return self._prefill(params, ids, mask, key, names, samples)
+        return self.prefill(params, ids, mask, key, names, samples)
 
     def _rows(
         self, params: Any, slots: Slots, temperature: np.float32, rows: int
@@ -299,7 +302,7 @@ class Engine:
         """Chunks, on the host, until all rows are done; the device works on the next meanwhile."""
         previous = None
         for _ in range(math.ceil(self._cfg.max_completion_length / CHUNK)):
-            slots, tokens = self._decode(params, slots, temperature)
+            slots, tokens = self.decode(params, slots, temperature)
             if previous is not None:
                 fetched = jax.device_get(previous)
                 yield fetched

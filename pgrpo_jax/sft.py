@@ -35,7 +35,7 @@ def run(cfg: config.Config) -> None:
     arch, params = start.initial_policy(cfg, mesh)
     state = optimizer.init_state(params, optimizer.build(cfg.sft.optimizer, cfg.sft.steps), mesh)
     step = supervised.compile_sft(cfg, arch, mesh)
-    state = fit.fit(cfg, start.SFT, cfg.sft.steps, state, step, batches)
+    state = fit.fit(cfg, start.SFT, cfg.sft.steps, mesh, state, step, batches)
     fit.publish(out, words, functools.partial(load.save_policy, arch=arch, params=state.params))
 
 

@@ -1,18 +1,27 @@
-"""Where arrays live: the mesh, and one table from parameter names to partitions.
+"""Where arrays live: the mesh, one table from parameter names to partitions, and one from the axes
+of activations.
 
-Axes: `data` splits the batch, `fsdp` the batch and the parameters, `tensor` heads and mlp width.
+Axes of the mesh: `data` splits the batch, `fsdp` the batch and the parameters, `tensor` heads, mlp
+width and vocabulary. Optimizer moments lie as their parameters do. The rollout has a layout of its
+own: parameters in `rollout_shardings`, rows and key/value heads in `rollout.slots_sharding`.
 """
 
+import functools
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pgrpo_jax.config import MeshConfig
+
+NAMES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
 
 # Every parameter matches exactly one row. A path is a policy's; a reward model's trunk is a policy.
 RULES: tuple[tuple[str, P], ...] = (
@@ -33,16 +42,30 @@ RULES: tuple[tuple[str, P], ...] = (
 # device of the axis holds all of them, as in Megatron. Anything else must divide.
 REPLICABLE = r"(trunk/)?(embedding|unembedding|layers/attention/(key|value)/(kernel|bias))"
 
+# What splits each axis of an activation, by its letter in the legend; an axis without a row is
+# whole on every device.
+ACTIVATIONS: dict[str, str | tuple[str, ...]] = {
+    "B": ROWS,
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "V": "tensor",
+}
+
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over `devices`, by default all of them; -1 takes what is left.
 
+    Devices of one process stand side by side, the tensor axis innermost: a tensor axis no longer
+    than a host has devices stays within the host, and each process holds rows of its own.
     Axes are Auto: Explicit ones, jax.make_mesh's default, break Linen's embedding lookup.
+
+    Raises:
+      ValueError: the axes do not fit the devices, or two processes would hold the same rows.
     """
-    names = ("data", "fsdp", "tensor")
     devices = jax.devices() if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    asked = ", ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
+    asked = ", ".join(f"{name}={size}" for name, size in zip(NAMES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ValueError(f"mesh axes are at least 1, and one of them may be -1; got {asked}")
     known = math.prod(size for size in sizes if size != -1)
@@ -53,7 +76,14 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
             f"a mesh of {asked} does not fit {len(devices)} devices; make the product equal, or "
             "give one axis -1 and make the others divide"
         )
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+    local = len(devices) // len({device.process_index for device in devices})
+    if local % sizes[-1]:
+        raise ValueError(
+            f"a mesh of {asked} lets two hosts of {local} devices share rows, and each host judges "
+            f"its own; take a tensor axis that divides {local}"
+        )
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(sizes), NAMES, axis_types=(AxisType.Auto,) * len(NAMES))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -82,6 +112,94 @@ def state_shardings(
     )
 
 
+def rollout_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The same for a policy that decodes: split over `tensor` alone.
+
+    A step of decoding does little work on each parameter: to gather them from the fsdp axis for
+    every token would take many times as long as the work.
+    """
+
+    def gathered(place: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in place.spec)))
+
+    return jax.tree.map(gathered, shardings(tree, mesh))
+
+
+def on_host(places: Any) -> Any:
+    """The same shardings in the memory of the devices' hosts."""
+    return jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), places)
+
+
+def received_bytes(tree: Any, source: Any, target: Any) -> int:
+    """Bytes that a device receives when (abstract) arrays go from one sharding to another in which
+    it holds what it held and more."""
+
+    def one(leaf, old: NamedSharding, new: NamedSharding) -> int:
+        more = math.prod(new.shard_shape(leaf.shape)) - math.prod(old.shard_shape(leaf.shape))
+        return more * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(one, tree, source, target)))
+
+
+def on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` for jit, traced where `constrain` finds `mesh`."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """`x`, split as ACTIVATIONS says for `axes`, the letters of its name; outside of `on`, `x`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes))
+
+
+def axis_size(name: str) -> int:
+    """Devices on an axis of the mesh of `on`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[name]
+
+
+def on_devices(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[str], out: str
+) -> Callable[..., jax.Array]:
+    """`function` for a kernel: called on each device with its part of `arrays`, whose axes have
+    these letters. It needs no other part. `out` are the letters of its result."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    specs = [activation_spec(x.shape, letters) for x, letters in zip(arrays, axes, strict=True)]
+    split = {
+        a: s
+        for spec, letters in zip(specs, axes, strict=True)
+        for a, s in zip(letters, spec, strict=True)
+    }
+    return jax.shard_map(
+        function, in_specs=tuple(specs), out_specs=P(*(split[a] for a in out)), check_vma=False
+    )
+
+
+def activation_spec(shape: tuple[int, ...], axes: str) -> P:
+    """The partition of an activation on the mesh of `on`.
+
+    An axis that does not divide (4 key heads over 8 devices, one prompt over 4) is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def one(size: int, letter: str) -> str | tuple[str, ...] | None:
+        names = ACTIVATIONS.get(letter)
+        if names is None:
+            return None
+        parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
+        return names if size % parts == 0 else None
+
+    return P(*(one(size, letter) for size, letter in zip(shape, axes, strict=True)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """All of it on every device."""
     return NamedSharding(mesh, P())
@@ -89,12 +207,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch(mesh: Mesh) -> NamedSharding:
     """Rows (the first axis) split over data and fsdp; `check_rows` says whether they can be."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROWS))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[name] for name in ROWS)
+
+
+def put_rows(mesh: Mesh, tree: Any) -> Any:
+    """The batch whose rows are those that each process holds, process after process."""
+    place = batch(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
+
+
+def local_rows(tree: Any) -> Any:
+    """This process's rows of a batch, on the host: what `put_rows` was given."""
+
+    def one(x: jax.Array) -> np.ndarray:
+        shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return jax.tree.map(one, tree)
 
 
 def check_rows(mesh: Mesh, **rows: int) -> None:
     """Refuses a number of rows, named as the setting it comes from, that the mesh cannot split."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = row_parts(mesh)
     for name, count in rows.items():
         if count % parts:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What every stage begins with: problems, and the models in their newest state in this run's
 folder."""
 
+import dataclasses
 import pathlib
 from typing import Any, Literal
 
@@ -84,10 +85,12 @@ def initial_reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architec
 
 
 def reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Params]:
-    """The reward model after its training, if this run has one."""
-    trained = folder(cfg, REWARD_MODEL)
+    """The reward model after its training, if this run has one. Its parameters are of the
+    computation's dtype: no step is taken on them any more."""
+    trained, compute = folder(cfg, REWARD_MODEL), cfg.reward_model.compute
     if is_done(trained):
-        return load.load_reward_model(str(trained), cfg.reward_model.compute, mesh)
+        frozen = dataclasses.replace(compute, param_dtype=compute.dtype)
+        return load.load_reward_model(str(trained), frozen, mesh)
     if cfg.reward_training.steps:
         raise FileNotFoundError(
             f"{trained} holds no reward model, but reward_training.steps="
@@ -95,12 +98,19 @@ def reward_model(cfg: Config, mesh: jax.sharding.Mesh) -> tuple[Architecture, Pa
             "`python -m pgrpo_jax.train_reward` with this configuration first, or set "
             "--reward-training.steps 0 to use the reward model's own checkpoint"
         )
-    return initial_reward_model(cfg, mesh)
+    arch, params = initial_reward_model(cfg, mesh)
+    return arch, jax.tree.map(lambda x: x.astype(compute.dtype), params)
 
 
 def _model(settings: config.ModelConfig, mesh, load_from, init, key) -> tuple[Architecture, Params]:
-    if settings.architecture is None:
-        return load_from(settings.checkpoint, settings.compute, mesh)
+    if settings.checkpoint:
+        arch, params = load_from(settings.checkpoint, settings.compute, mesh)
+        config.require(
+            settings.architecture in (None, arch),
+            f"{settings.checkpoint!r} is of {arch}, the configuration says "
+            f"{settings.architecture}; correct its `architecture`, or leave it out",
+        )
+        return arch, params
     arch, compute = settings.architecture, settings.compute
 
     def make(key):

@@ -1,6 +1,7 @@
 """The supervised programs: the policy learns tokens, the reward model learns preferences."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ def compile_sft(
     Metrics: loss (mean over tokens), entropy, tokens, grad_norm, learning_rate.
     """
     compute = cfg.policy.compute
+    sharding.check_rows(mesh, **{"sft.batch_size": cfg.sft.batch_size})
     tx = optimizer.build(cfg.sft.optimizer, cfg.sft.steps)
     learning_rate = optimizer.schedule(cfg.sft.optimizer, cfg.sft.steps)
 
@@ -51,7 +53,7 @@ def compile_sft(
     params = jax.eval_shape(lambda key: decoder.init(arch, compute, key), jax.random.key(0))
     places = optimizer.state_shardings(params, tx, mesh)
     return jax.jit(
-        step,
+        sharding.on(mesh, step),
         donate_argnums=0,
         in_shardings=(places, sharding.batch(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
@@ -67,6 +69,7 @@ def compile_reward_update(
     grad_norm, learning_rate.
     """
     settings, compute = cfg.reward_training, cfg.reward_model.compute
+    sharding.check_rows(mesh, **{"reward_training.batch_size": settings.batch_size})
     tx = optimizer.build(settings.optimizer, settings.steps)
     learning_rate = optimizer.schedule(settings.optimizer, settings.steps)
 
@@ -103,8 +106,26 @@ def compile_reward_update(
     params = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
     places = optimizer.state_shardings(params, tx, mesh)
     return jax.jit(
-        step,
+        sharding.on(mesh, step),
         donate_argnums=0,
         in_shardings=(places, sharding.batch(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
+    )
+
+
+def compile_scores(
+    cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The jitted (params, ids_CT, positions_CT, segments_CT) -> scores_C, the same everywhere."""
+    compute = cfg.reward_model.compute
+
+    def scores(params: Any, *rows_CT: jax.Array) -> jax.Array:
+        return reward.score(params, arch, compute, *rows_CT)
+
+    params = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
+    rows = sharding.batch(mesh)
+    return jax.jit(
+        sharding.on(mesh, scores),
+        in_shardings=(sharding.shardings(params, mesh), rows, rows, rows),
+        out_shardings=sharding.replicated(mesh),
     )

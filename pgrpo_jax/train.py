@@ -88,17 +88,21 @@ def train_policy(cfg: config.Config) -> None:
         return
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.policy(cfg, mesh)
-    reward_arch, reward_params = start.reward_model(cfg, mesh)
-    scorer = rewards.ThinkingScorer(
-        reward_params, reward_arch, cfg.reward_model.compute, cfg.rewards, words, mesh
-    )
     with sandbox.Judge(cfg.judge) as judge:
         print(f"Programs are judged {judge.workers} at a time in the tier {judge.tier!r}.")
-        loop = grpo.Loop(cfg, mesh, words, (arch, params), scorer, judge)
+        loop = grpo.Loop(cfg, mesh, words, (arch, params), scorer(cfg, mesh, words), judge)
         loop.run()
     fit.publish(
         out, words, functools.partial(load.save_policy, arch=arch, params=loop.state.params)
     )
+
+
+def scorer(
+    cfg: config.Config, mesh: jax.sharding.Mesh, words: tokenizer.Tokenizer
+) -> rewards.ThinkingScorer:
+    """The trained reward model, which no variable keeps on the device."""
+    arch, params = start.reward_model(cfg, mesh)
+    return rewards.ThinkingScorer(params, arch, cfg.reward_model.compute, cfg.rewards, words, mesh)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from pgrpo_jax import cli, config, data, fit, optimizer, sharding, start, supervised, tokenizer
-from pgrpo_jax.models import load, reward
+from pgrpo_jax.models import load
 
 
 def run(cfg: config.Config) -> None:
@@ -35,22 +35,25 @@ def run(cfg: config.Config) -> None:
     step = supervised.compile_reward_update(cfg, arch, mesh)
 
     def measure(state: optimizer.TrainState) -> dict[str, float]:
-        return pair_accuracy(cfg, arch, state.params, unseen)
+        return pair_accuracy(cfg, arch, mesh, state.params, unseen)
 
     name = start.REWARD_MODEL
-    state = fit.fit(cfg, name, settings.steps, state, step, batches, measure)
+    state = fit.fit(cfg, name, settings.steps, mesh, state, step, batches, measure)
     fit.publish(
         out, words, functools.partial(load.save_reward_model, arch=arch, params=state.params)
     )
 
 
 def pair_accuracy(
-    cfg: config.Config, arch: config.Architecture, params: Any, examples: data.Examples
+    cfg: config.Config,
+    arch: config.Architecture,
+    mesh: jax.sharding.Mesh,
+    params: Any,
+    examples: data.Examples,
 ) -> dict[str, float]:
     """The share of pairs whose chosen side scores higher: over all, by `dimension` and by `kind`
     where rows have them."""
-    compute = cfg.reward_model.compute
-    score = jax.jit(lambda params, *rows_BT: reward.score(params, arch, compute, *rows_BT))
+    score = supervised.compile_scores(cfg, arch, mesh)
     size, right = cfg.reward_training.batch_size, []
     for begin in range(0, len(examples), size):
         batch = examples.take(np.arange(begin, begin + size) % len(examples))

@@ -62,6 +62,7 @@ def compile_update(
     Call it `num_iterations` times with the same batch. Only in the first of these calls does
     mismatch_* compare the sampler with the trainer at equal parameters.
     """
+    sharding.check_rows(mesh, **{"update.micro_batch_size": cfg.update.micro_batch_size})
     tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
     learning_rate = optimizer.schedule(
         cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations
@@ -96,10 +97,10 @@ def compile_update(
     places = optimizer.state_shardings(params, tx, mesh)
     everywhere = sharding.replicated(mesh)
     return jax.jit(
-        update,
+        sharding.on(mesh, update),
         donate_argnums=0,
         in_shardings=(places, sharding.batch(mesh)),
-        out_shardings=(places, everywhere, everywhere),
+        out_shardings=(places, everywhere, sharding.batch(mesh)),
     )
 
 
@@ -110,8 +111,12 @@ def compile_reference(
     shapes = jax.eval_shape(
         lambda key: decoder.init(arch, cfg.policy.compute, key), jax.random.key(0)
     )
+
+    def reference(params: Any, batch: UpdateBatch) -> jax.Array:
+        return completion_logprobs(cfg, arch, params, batch, batch.completion_BT)[0]
+
     return jax.jit(
-        lambda params, batch: completion_logprobs(cfg, arch, params, batch, batch.completion_BT)[0],
+        sharding.on(mesh, reference),
         in_shardings=(sharding.shardings(shapes, mesh), sharding.batch(mesh)),
         out_shardings=sharding.batch(mesh),
     )

@@ -19,7 +19,7 @@ SMALL = c.Architecture(vocab_size=16, width=8, layers=1, heads=2, kv_heads=1, he
 
 
 def parse(*argv: str) -> c.Config:
-    return cli.parse(argv, "A command.", "command").run
+    return cli.parse(argv, "A command.", "command", cli.CommandLine).run
 
 
 def leaves(settings, prefix=""):
@@ -56,8 +56,7 @@ def reach(settings, path: str):
         (lambda: c.RolloutConfig(prompt_buckets=[64]), "prompt_buckets must be a tuple"),
         (lambda: c.RolloutConfig(prompt_buckets=(64, 32)), "rising order, got (64, 32)"),
         (lambda: c.UpdateConfig(kl="k3"), "`kl` and `beta` must agree: kl='k3' with beta=0.0"),
-        (lambda: c.ModelConfig(), "needs either `checkpoint`"),
-        (lambda: c.ModelConfig(checkpoint="x", architecture=SMALL), "needs either `checkpoint`"),
+        (lambda: c.ModelConfig(), "needs a `checkpoint`"),
         (
             lambda: dataclasses.replace(SMALL, heads=3, kv_heads=2),
             "multiple of kv_heads, got 3 and 2",

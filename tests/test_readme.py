@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from pgrpo_jax import cli
+from pgrpo_jax import cli, compile
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,7 +19,8 @@ def test_each_command_names_a_module_and_options_that_exist(module, options):
     file = ROOT / f"{module.replace('.', '/')}.py"
     assert "__main__" in file.read_text()
     if module.startswith("pgrpo_jax"):
-        cli.parse(shlex.split(options), "", module)
+        kind = compile.Line if module == "pgrpo_jax.compile" else cli.CommandLine
+        cli.parse(shlex.split(options), "", module, kind)
 
 
 def test_each_option_spoken_of_exists():

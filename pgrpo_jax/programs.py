@@ -1,0 +1,355 @@
+"""The programs that a configuration runs, to be compiled for any mesh, also one of devices that are
+not there.
+
+They come from the functions that training calls. Of each kind there is the longest shape: what fits
+for it fits for the shorter buckets.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pgrpo_jax import (
+    config,
+    data,
+    optimizer,
+    reshard,
+    rewards,
+    rollout,
+    roofline,
+    sharding,
+    supervised,
+    update,
+)
+from pgrpo_jax.config import Architecture
+from pgrpo_jax.models import decoder, load, reward
+
+Bytes = Mapping[str, int]  # of one device, by kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program.
+
+    `arguments` are bytes a device of what it is called with, `resident` of what else lies in the
+    device's memory meanwhile. `executions` of it make one P-GRPO step, 0 for the stages before.
+    `loop_trips` is how often a loop runs whose end is found on the device.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    arguments: Bytes
+    resident: Bytes
+    work: roofline.Work
+    executions: int = 0
+    loop_trips: int = 1
+
+
+def architectures(cfg: config.Config) -> tuple[Architecture, Architecture]:
+    """Of the policy and of the reward model, from the settings or the checkpoints' config.json."""
+
+    def one(model: config.ModelConfig) -> Architecture:
+        return model.architecture or load.architecture(model.checkpoint)
+
+    policy = one(cfg.policy)
+    return policy, policy if cfg.reward_training.trunk == "policy" else one(cfg.reward_model)
+
+
+def on_tpu(cfg: config.Config) -> config.Config:
+    """The settings, with the attention that "auto" means there."""
+
+    def one(model: config.ModelConfig) -> config.ModelConfig:
+        if model.compute.attention != "auto":
+            return model
+        return dataclasses.replace(
+            model, compute=dataclasses.replace(model.compute, attention="pallas")
+        )
+
+    return dataclasses.replace(cfg, policy=one(cfg.policy), reward_model=one(cfg.reward_model))
+
+
+def programs(cfg: config.Config, mesh: Mesh) -> Iterator[Program]:
+    """Every program of the run, in the order in which it runs them."""
+    policy, judge = architectures(cfg)
+    if cfg.sft.steps:
+        yield _sft(cfg, policy, mesh)
+    if cfg.reward_training.steps:
+        yield _reward_training(cfg, judge, mesh)
+    if not cfg.update.steps:
+        return
+    yield _reshard(cfg, policy, judge, mesh)
+    yield from _rollout(cfg, policy, judge, mesh)
+    yield _scoring(cfg, policy, judge, mesh)
+    if cfg.update.kl != "none":
+        yield _reference(cfg, policy, judge, mesh)
+    yield _update(cfg, policy, judge, mesh)
+
+
+# --- what is where
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Abstract arrays, and where they lie."""
+
+    shapes: Any
+    places: Any
+
+    @property
+    def bytes(self) -> int:
+        """Of one device."""
+        sizes = jax.tree.map(
+            lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize,
+            self.shapes,
+            self.places,
+        )
+        return sum(jax.tree.leaves(sizes))
+
+    @property
+    def arguments(self) -> Any:
+        """As a jitted function is lowered with them."""
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            self.shapes,
+            self.places,
+        )
+
+
+def _policy(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Placed:
+    init = jax.eval_shape(
+        lambda key: decoder.init(arch, cfg.policy.compute, key), jax.random.key(0)
+    )
+    return Placed(init, sharding.shardings(init, mesh))
+
+
+def _reward_model(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Placed:
+    """As it scores: in its computation's dtype."""
+    compute = cfg.reward_model.compute
+    frozen = dataclasses.replace(compute, param_dtype=compute.dtype)
+    init = jax.eval_shape(lambda key: reward.init(arch, frozen, key), jax.random.key(0))
+    return Placed(init, sharding.shardings(init, mesh))
+
+
+def _state(params: Any, settings: config.Optimizer, steps: int, mesh: Mesh) -> Placed:
+    tx = optimizer.build(settings, steps)
+    state = optimizer.TrainState(
+        params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((), jnp.int32)
+    )
+    return Placed(state, optimizer.state_shardings(params, tx, mesh))
+
+
+def _state_bytes(state: Placed) -> dict[str, int]:
+    parameters = Placed(state.shapes.params, state.places.params).bytes
+    return {"parameters": parameters, "optimizer": state.bytes - parameters}
+
+
+def _train_state(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Placed:
+    steps = cfg.update.steps * cfg.update.num_iterations
+    params = _policy(cfg, arch, mesh).shapes
+    return _state(params, cfg.update.optimizer, steps, mesh)
+
+
+def _waiting(
+    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh, *used: str
+) -> dict[str, int]:
+    """What a P-GRPO step keeps on the device, but for what is `used` and so counted already."""
+    kept = {
+        f"policy's {kind}": size
+        for kind, size in _state_bytes(_train_state(cfg, policy, mesh)).items()
+    }
+    if not cfg.rewards.offload:
+        kept["reward model"] = _reward_model(cfg, judge, mesh).bytes
+    if cfg.update.kl != "none":
+        kept["reference"] = _policy(cfg, policy, mesh).bytes
+    return {name: size for name, size in kept.items() if name not in used}
+
+
+def _rows(mesh: Mesh, fields: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, Any]:
+    """Abstract fields of a batch."""
+    rows = sharding.batch(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in fields.items()
+    }
+
+
+def _tokens(mesh: Mesh, rows: int, length: int, *names: str) -> dict[str, Any]:
+    return _rows(mesh, {name: ((rows, length), np.int32) for name in names})
+
+
+def _longest(cfg: config.Config) -> int:
+    """Tokens of a row with the longest prompt and the longest completion."""
+    return cfg.rollout.prompt_buckets[-1] + cfg.rollout.max_completion_length
+
+
+def _completions(cfg: config.Config) -> int:
+    return cfg.rollout.prompts_per_step * cfg.rollout.num_generations
+
+
+# --- the programs
+
+
+def _sft(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Program:
+    settings, compute = cfg.sft, cfg.policy.compute
+    params = _policy(cfg, arch, mesh).shapes
+    state = _state(params, settings.optimizer, settings.steps, mesh)
+    length = settings.max_length or _longest(cfg)
+    batch = data.SFTBatch(
+        **_tokens(mesh, settings.batch_size, length, "ids_BT", "positions_BT", "segments_BT"),
+        **_rows(mesh, {"loss_BT": ((settings.batch_size, length), bool)}),
+    )
+    step = supervised.compile_sft(cfg, arch, mesh)
+    return Program(
+        "sft",
+        lambda: step.lower(state.arguments, batch),
+        _state_bytes(state),
+        {},
+        roofline.training(arch, compute, settings.batch_size, length, logits=True),
+    )
+
+
+def _reward_training(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Program:
+    settings, compute = cfg.reward_training, cfg.reward_model.compute
+    init = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
+    state = _state(init, settings.optimizer, settings.steps, mesh)
+    C, T = settings.batch_size, settings.max_length
+    sides = [f"{side}_{what}_CT" for side in ("chosen", "rejected") for what in _TOKENS]
+    batch = data.PairBatch(
+        **_tokens(mesh, C, T, *sides),
+        **_rows(mesh, {"margin_C": ((C,), np.float32), "valid_C": ((C,), bool)}),
+    )
+    step = supervised.compile_reward_update(cfg, arch, mesh)
+    return Program(
+        "reward training",
+        lambda: step.lower(state.arguments, batch),
+        _state_bytes(state),
+        {},
+        roofline.training(arch, compute, 2 * C, T, logits=False),
+    )
+
+
+_TOKENS = ("ids", "positions", "segments")
+
+
+def _reshard(cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh) -> Program:
+    params = _policy(cfg, policy, mesh)
+    program = reshard.compile_reshard(cfg, policy, mesh)
+    return Program(
+        "reshard for rollout",
+        lambda: program.lower(params.arguments),
+        {"parameters": params.bytes},
+        _waiting(cfg, policy, judge, mesh, "policy's parameters"),
+        roofline.Work(0.0, 0.0),
+        executions=1,
+    )
+
+
+def _rollout(
+    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh
+) -> Iterator[Program]:
+    settings, compute = cfg.rollout, cfg.policy.compute
+    G, prompt = settings.num_generations, settings.prompt_buckets[-1]
+    engine = rollout.Engine(settings, policy, compute, mesh, stop_ids=(0,), pad_id=0)
+    P = engine.prompts_at_once(G)
+    rounds = math.ceil(settings.prompts_per_step / P)
+    params = reshard.abstract(cfg, policy, mesh)
+    bytes_ = Placed(params, jax.tree.map(lambda x: x.sharding, params)).bytes
+    waiting = _waiting(cfg, policy, judge, mesh)
+    prompts, everywhere = _prompts(mesh, P, prompt), sharding.replicated(mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    numbers = _rows(mesh, {name: ((P * G,), np.uint32) for name in ("problem", "sample")})
+    arguments = (params, *prompts, key, *numbers.values())
+    yield Program(
+        "prefill",
+        lambda: engine.prefill.lower(*arguments),
+        {"parameters": bytes_},
+        waiting,
+        roofline.forward(policy, P, prompt, logits=False),
+        executions=rounds,
+    )
+    shapes = jax.eval_shape(engine.prefill, *arguments)
+    slots = Placed(shapes, rollout.slots_sharding(policy, mesh))
+    temperature = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
+    context = prompt + settings.max_completion_length / 2
+    columns = prompt + settings.max_completion_length
+    yield Program(
+        "decode",
+        lambda: engine.decode.lower(params, slots.arguments, temperature),
+        {"parameters": bytes_, "cache": slots.bytes},
+        waiting,
+        roofline.decoding(policy, P * G, rollout.CHUNK, context, columns),
+        executions=rounds * math.ceil(settings.max_completion_length / rollout.CHUNK),
+        loop_trips=rollout.CHUNK,
+    )
+
+
+def _prompts(mesh: Mesh, P: int, length: int) -> tuple[Any, Any]:
+    splits = P % sharding.row_parts(mesh) == 0
+    place = sharding.batch(mesh) if splits else sharding.replicated(mesh)
+    return (
+        jax.ShapeDtypeStruct((P, length), np.int32, sharding=place),
+        jax.ShapeDtypeStruct((P, length), bool, sharding=place),
+    )
+
+
+def _scoring(cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh) -> Program:
+    rows, length = cfg.rewards.thinking_batch_size, cfg.rewards.thinking_max_length
+    params = _reward_model(cfg, judge, mesh)
+    score = rewards.compile_score(judge, cfg.reward_model.compute, mesh)
+    tokens = _tokens(mesh, rows, length, *_TOKENS).values()
+    return Program(
+        "reward scoring",
+        lambda: score.lower(params.arguments, *tokens),
+        {"parameters": params.bytes},
+        _waiting(cfg, policy, judge, mesh, "reward model"),
+        roofline.forward(judge, rows, length, logits=False),
+        executions=math.ceil(_completions(cfg) / rows),
+    )
+
+
+def _update_batch(cfg: config.Config, mesh: Mesh) -> update.UpdateBatch:
+    B, T = _completions(cfg), _longest(cfg)
+    floats = ("r_format_B", "r_outcome_B", "r_thinking_B", "r_extra_B")
+    return update.UpdateBatch(
+        **_tokens(mesh, B, T, "ids_BT", "positions_BT", "segments_BT"),
+        **_rows(mesh, {"completion_BT": ((B, T), bool), "old_logp_BT": ((B, T), np.float32)}),
+        **_rows(mesh, {name: ((B,), np.float32) for name in floats}),
+        **_rows(mesh, {name: ((B,), bool) for name in ("valid_B", "truncated_B")}),
+    )
+
+
+def _reference(
+    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh
+) -> Program:
+    params, batch = _policy(cfg, policy, mesh), _update_batch(cfg, mesh)
+    program = update.compile_reference(cfg, policy, mesh)
+    return Program(
+        "reference logprobs",
+        lambda: program.lower(params.arguments, batch),
+        {"parameters": params.bytes},
+        _waiting(cfg, policy, judge, mesh, "reference"),
+        roofline.forward(policy, _completions(cfg), _longest(cfg), logits=True),
+        executions=1,
+    )
+
+
+def _update(cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh) -> Program:
+    state, batch = _train_state(cfg, policy, mesh), _update_batch(cfg, mesh)
+    if cfg.update.kl != "none":
+        batch = batch.replace(ref_logp_BT=batch.old_logp_BT)
+    step = update.compile_update(cfg, policy, mesh)
+    rows, length = _completions(cfg), _longest(cfg)
+    return Program(
+        "update",
+        lambda: step.lower(state.arguments, batch),
+        _state_bytes(state),
+        _waiting(cfg, policy, judge, mesh, "policy's parameters", "policy's optimizer"),
+        roofline.training(policy, cfg.policy.compute, rows, length, logits=True),
+        executions=cfg.update.num_iterations,
+    )

@@ -1,0 +1,282 @@
+"""What is computed does not depend on the mesh: neither on its shape nor on its processes."""
+
+import functools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pgrpo_jax import config as c
+from pgrpo_jax import hlo, optimizer, reshard, rewards, sharding, update
+from pgrpo_jax.kernels import flash_attention
+from pgrpo_jax.models import attention, decoder, reward
+
+ROOT = pathlib.Path(__file__).parent.parent
+# 2 key heads and an odd vocabulary: neither divides over 4 devices.
+ARCH = c.Architecture(
+    vocab_size=33, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, qk_norm=True
+)
+COMPUTE = c.Compute(remat="full", logprob_chunk=32)
+MODEL = c.ModelConfig(architecture=ARCH, compute=COMPUTE)
+CFG = c.Config(
+    policy=MODEL,
+    reward_model=MODEL,
+    data=c.DataConfig(max_prompt_length=4),
+    rollout=c.RolloutConfig(
+        num_generations=4, prompts_per_step=4, max_completion_length=8, prompt_buckets=(4,)
+    ),
+    # With an epsilon of 1 AdamW's step is a smooth function of the gradient.
+    update=c.UpdateConfig(
+        steps=3, micro_batch_size=8, optimizer=c.Optimizer(learning_rate=1.0, eps=1.0)
+    ),
+)
+MESHES = {
+    1: [(1, 1, 1)],
+    2: [(1, 2, 1), (1, 1, 2)],
+    4: [(2, 2, 1), (1, 1, 4)],
+    8: [(1, 8, 1), (2, 2, 2), (1, 2, 4)],
+}
+
+
+def mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.make_mesh(c.MeshConfig(data, fsdp, tensor), devices)
+
+
+def params():
+    return decoder.init(ARCH, COMPUTE, jax.random.key(1))
+
+
+def batch(rows: slice = slice(None)) -> update.UpdateBatch:
+    """16 completions of 4 prompts, of several lengths; some of their rows."""
+    rng = np.random.default_rng(0)
+    B, T = 16, 12
+    lengths_B = rng.integers(5, T + 1, B)
+    columns_T = np.arange(T)[None]
+    segments_BT = (columns_T < lengths_B[:, None]).astype(np.int32)
+    whole = update.UpdateBatch(
+        ids_BT=rng.integers(0, ARCH.vocab_size, (B, T), dtype=np.int32),
+        positions_BT=np.broadcast_to(columns_T, (B, T)).astype(np.int32),
+        segments_BT=segments_BT,
+        completion_BT=(segments_BT > 0) & (columns_T >= 4),
+        old_logp_BT=rng.normal(-3.5, 0.1, (B, T)).astype(np.float32),
+        r_format_B=rng.integers(0, 2, B).astype(np.float32),
+        r_outcome_B=rng.integers(0, 2, B).astype(np.float32),
+        r_thinking_B=rng.random(B, np.float32),
+        r_extra_B=np.zeros(B, np.float32),
+        valid_B=np.arange(B) != 3,
+        truncated_B=np.arange(B) == 5,
+    )
+    return jax.tree.map(lambda x: x[rows], whole)
+
+
+def one_step(on: jax.sharding.Mesh, rows: slice = slice(None)):
+    """State (with it the gradient: mu is a tenth of it), metrics and advantages of one update."""
+    tx = optimizer.build(CFG.update.optimizer, CFG.update.steps)
+    state = optimizer.init_state(params(), tx, on)
+    step = update.compile_update(CFG, ARCH, on)
+    state, metrics, advantage_B = step(state, sharding.put_rows(on, batch(rows)))
+    return state, metrics, sharding.local_rows(advantage_B)
+
+
+@functools.cache
+def on_one_device():
+    return jax.device_get(one_step(mesh(1, 1, 1)))
+
+
+@pytest.mark.parametrize("shape", [s for n, shapes in MESHES.items() if n > 1 for s in shapes])
+def test_an_update_is_the_same_on_every_mesh(shape):
+    state, metrics, advantage_B = jax.device_get(one_step(mesh(*shape)))
+    for got, wanted in zip(
+        jax.tree.leaves((state, metrics, advantage_B)),
+        jax.tree.leaves(on_one_device()),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, wanted, atol=2e-6, rtol=2e-5)
+
+
+def test_the_step_that_is_compared_moves_every_parameter():
+    state, metrics, _ = on_one_device()
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max() > 1e-6, state.params, params())
+    assert all(jax.tree.leaves(moved)) and metrics["grad_norm"] > 0.1
+
+
+def test_moments_lie_as_their_parameters_do():
+    on = mesh(2, 2, 2)
+    state = optimizer.init_state(params(), optimizer.build(CFG.update.optimizer, 3), on)
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    moments = [
+        part
+        for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
+        if isinstance(part, dict)
+    ]
+    assert len(moments) == 2
+    assert all(jax.tree.map(lambda x: x.sharding, moment) == places for moment in moments)
+
+
+# --- activations and kernels
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        ("BTD", (4, 3, 16), P(("data", "fsdp"), None, None)),
+        ("BTNH", (4, 3, 4, 8), P(("data", "fsdp"), None, "tensor", None)),
+        ("BTF", (4, 3, 32), P(("data", "fsdp"), None, "tensor")),
+        ("BTV", (4, 3, 33), P(("data", "fsdp"), None, None)),  # 33 is odd
+        ("BTKH", (3, 3, 2, 8), P(None, None, "tensor", None)),  # 3 rows do not split
+    ],
+)
+def test_activations_are_split_by_the_letters_of_their_names(axes, shape, spec):
+    on = mesh(2, 2, 2)
+    program = jax.jit(sharding.on(on, lambda x: sharding.constrain(x, axes)))
+    assert program(jnp.zeros(shape)).sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(on, spec), len(shape)
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 1, 4), (1, 2, 4)])
+def test_a_kernel_gets_the_rows_and_heads_of_its_device(shape, monkeypatch):
+    seen = []
+
+    def kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+        seen.append((q_BTNH.shape, k_BTKH.shape))
+        return flash_attention.reference(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+    monkeypatch.setattr(flash_attention, "flash_attention", kernel)
+    rng = np.random.default_rng(0)
+    q_BTNH, k_BTKH, v_BTKH, weights = (
+        rng.normal(size=(4, 6, heads, 4)).astype(np.float32) for heads in (4, 2, 2, 4)
+    )
+    rows = (np.broadcast_to(np.arange(6, dtype=np.int32), (4, 6)), np.ones((4, 6), np.int32))
+
+    def loss(compute, q_BTNH, k_BTKH, v_BTKH):
+        return jnp.sum(weights * attention.attend(compute, q_BTNH, k_BTKH, v_BTKH, *rows, *rows))
+
+    def values(on, name):
+        function = jax.value_and_grad(functools.partial(loss, c.Compute(attention=name)), (0, 1, 2))
+        return jax.jit(sharding.on(on, function))(q_BTNH, k_BTKH, v_BTKH)
+
+    wanted = jax.tree.leaves(values(mesh(1, 1, 1), "reference"))
+    assert not seen
+    got = jax.tree.leaves(values(mesh(*shape), "pallas"))
+    parts, tensor = shape[0] * shape[1], shape[2]
+    assert seen[0] == ((4 // parts, 6, 4 // tensor, 4), (4 // parts, 6, max(2 // tensor, 1), 4))
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "there"), [(12, 3, 12), (24, 6, 12), (8, 4, 4)])
+def test_key_heads_are_repeated_until_they_divide(heads, kv_heads, there):
+    spread = sharding.on(mesh(1, 1, 4), lambda k: attention.for_tensor_axis(k, heads))
+    k_BTKH = jnp.zeros((1, 2, kv_heads, 4))
+    assert jax.eval_shape(jax.jit(spread), k_BTKH).shape == (1, 2, there, 4)
+
+
+def test_query_heads_that_do_not_divide_are_refused_by_name():
+    with pytest.raises(ValueError, match="query/kernel.*4 does not divide over tensor = 8 devices"):
+        sharding.shardings(params(), mesh(1, 1, 8))
+
+
+# --- the way to the rollout, and the reward model
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2), (1, 1, 4)])
+def test_the_rollout_gets_the_same_parameters_and_the_bytes_are_those_that_are_moved(shape):
+    on, half = mesh(*shape), c.ModelConfig(architecture=ARCH, compute=c.Compute(dtype="bfloat16"))
+    cfg = c.Config(policy=half, reward_model=half, data=CFG.data, rollout=CFG.rollout)
+    given = jax.device_put(params(), sharding.shardings(params(), on))
+    program = reshard.compile_reshard(cfg, ARCH, on)
+    got = program(given)
+    for (path, x), before in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(given), strict=True
+    ):
+        kept = path[-1].key == "scale"
+        assert x.dtype == (jnp.float32 if kept else jnp.bfloat16)
+        np.testing.assert_array_equal(x, before.astype(x.dtype))
+        assert "fsdp" not in x.sharding.spec
+    moved = hlo.collective_bytes(hlo.parse(program.lower(given).compile().as_text()))
+    # The CPU's compiler gathers some parameters before it rounds them, which are twice the bytes.
+    exact = reshard.received_bytes(cfg, ARCH, on)
+    assert exact <= sum(moved.values()) <= 2 * exact
+    assert (exact == 0) == (shape[1] == 1)
+
+
+def test_the_reward_model_may_lie_in_the_hosts_memory_between_uses():
+    on, scores = mesh(1, 2, 2), []
+    for offload in (False, True):
+        settings = c.RewardsConfig(thinking_batch_size=4, offload=offload)
+        model = reward.init(ARCH, COMPUTE, jax.random.key(0))
+        scorer = rewards.ThinkingScorer(model, ARCH, COMPUTE, settings, Words(), on)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(scorer.params)}
+        assert kinds == {"pinned_host" if offload else "device"}
+        scores.append(scorer([("a", "bc"), ("d", "e")]))
+    np.testing.assert_array_equal(*scores)
+    assert not np.isnan(scores[0]).any()
+
+
+class Words:
+    """A tokenizer whose ids are bytes."""
+
+    pad_id = 0
+
+    def reward_ids(self, statement: str, reasoning: str) -> list[int]:
+        return [ord(letter) % ARCH.vocab_size for letter in statement + reasoning]
+
+
+# --- processes
+
+WORKER = """
+import json, sys
+import jax
+port, process, out = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+import test_mesh
+test_mesh.write_step(out, int(process))
+"""
+
+
+def write_step(out: str, process: int) -> None:
+    """One update of two processes, each with half of the rows; what it sees goes to `out`."""
+    on = sharding.make_mesh(c.MeshConfig(fsdp=2, tensor=2))
+    assert [d.process_index for d in on.devices.flat] == [0, 0, 1, 1]
+    state, metrics, advantage_B = one_step(on, slice(8 * process, 8 * process + 8))
+    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(on))(state.params)
+    leaves = [np.asarray(x).tolist() for x in jax.tree.leaves((whole, metrics))]
+    pathlib.Path(f"{out}/{process}").write_text(json.dumps([leaves, advantage_B.tolist()]))
+
+
+def test_two_processes_take_the_step_that_one_takes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": ""}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(port), str(i), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [worker.communicate(timeout=600)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+    state, metrics, advantage_B = on_one_device()
+    wanted = jax.tree.leaves((state.params, metrics))
+    for process in range(2):
+        leaves, own_B = json.loads((tmp_path / str(process)).read_text())
+        for got, value in zip(leaves, wanted, strict=True):
+            np.testing.assert_allclose(got, value, atol=2e-6, rtol=2e-5)
+        np.testing.assert_allclose(own_B, advantage_B[8 * process :][:8], atol=1e-6)
