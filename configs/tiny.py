@@ -59,9 +59,7 @@ def config() -> Config:
         ),
         rollout=RolloutConfig(prompts_per_step=16, max_completion_length=52, prompt_buckets=(28,)),
         rewards=RewardsConfig(thinking_max_length=60, shadow_fraction=0.25),
-        update=UpdateConfig(
-            steps=100, optimizer=Optimizer(learning_rate=2.5e-4, schedule="cosine")
-        ),
-        evaluation=EvaluationConfig(every_steps=20),
+        update=UpdateConfig(steps=150, optimizer=Optimizer(learning_rate=2e-4, schedule="cosine")),
+        evaluation=EvaluationConfig(every_steps=25),
         judge=JudgeConfig(timeout_s=2.0, memory_mb=256),
     )
