@@ -10,6 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def chunk_tokens(megabytes: int, vocab_size: int) -> int:
+    """Tokens whose float32 logits take that much: memory does not grow with the vocabulary."""
+    return max(megabytes * 2**20 // (4 * vocab_size), 1)
+
+
 def logprobs(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:

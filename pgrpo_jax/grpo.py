@@ -17,6 +17,7 @@ from pgrpo_jax import (
     interrupt,
     metrics,
     optimizer,
+    packing,
     progress,
     rewards,
     rng,
@@ -65,9 +66,7 @@ class Loop:
     ):
         self.cfg, self.words, self.judge, self.scorer = cfg, words, judge, scorer
         arch, params = policy
-        self.engine = Engine(
-            cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids, words.pad_id
-        )
+        self.engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)
         self.update = update.compile_update(cfg, arch, mesh)
         tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
         self.reference = None
@@ -164,9 +163,9 @@ class Loop:
         with clock.phase("thinking"):
             scored = session.finish()
         with clock.phase("update"):
-            batch = update_batch(cfg, self.words.pad_id, scored)
+            batch = update_batch(cfg, scored)
             if self.reference is not None:
-                batch = batch.replace(ref_logp_BT=self.reference(batch))
+                batch = batch.replace(ref_logp_ART=self.reference(batch))
             for iteration in range(cfg.update.num_iterations):
                 self.state, values, advantage_B = self.update(self.state, batch)
                 if iteration == 0:
@@ -187,6 +186,7 @@ class Loop:
             **scored.values,
             **evaluate.oracle(judged),
             **length_metrics(scored.completions),
+            **self.engine.statistics.metrics(),
             **seconds,
             **speed,
         }
@@ -207,29 +207,19 @@ def length_metrics(completions: Sequence[types.Completion]) -> dict[str, float]:
     }
 
 
-def update_batch(cfg: config.Config, pad_id: int, scored: rewards.Scored) -> update.UpdateBatch:
-    """Token rows, prompt and completion side by side, padded on the right to a length that depends
-    on the prompts' bucket alone; the G completions of a prompt in consecutive rows.
-    """
+def update_batch(cfg: config.Config, scored: rewards.Scored) -> update.UpdateBatch:
+    """A step's completions, packed. The shape depends on the prompts' bucket, and on which of two
+    lengths of row suits the completions better, alone."""
     completions = scored.completions
-    longest = max(len(c.prompt_ids) for c in completions)
-    bucket = next(b for b in cfg.rollout.prompt_buckets if b >= longest)
-    shape_BT = len(completions), bucket + cfg.rollout.max_completion_length
-    ids_BT, segments_BT = np.full(shape_BT, pad_id, np.int32), np.zeros(shape_BT, np.int32)
-    completion_BT, logp_BT = np.zeros(shape_BT, bool), np.zeros(shape_BT, np.float32)
-    for row, c in enumerate(completions):
-        begin, end = len(c.prompt_ids), len(c.prompt_ids) + len(c.ids)
-        ids_BT[row, :begin], ids_BT[row, begin:end] = c.prompt_ids, c.ids
-        segments_BT[row, :end] = 1
-        completion_BT[row, begin:end] = True
-        logp_BT[row, begin:end] = c.logps
-    positions_BT = np.broadcast_to(np.arange(shape_BT[1], dtype=np.int32), shape_BT)
+    lengths = [len(c.prompt_ids) + len(c.ids) for c in completions]
+    bucket = max(len(c.prompt_ids) for c in completions)
+    bucket = next(b for b in cfg.rollout.prompt_buckets if b >= bucket)
+    longest, R = bucket + cfg.rollout.max_completion_length, cfg.update.micro_batch_size
+    batches, T = packing.pack(lengths, longest, R)
+    rows, micro_batches = update.packed(completions, batches, R, T)
     return update.UpdateBatch(
-        ids_BT=ids_BT,
-        positions_BT=positions_BT,
-        segments_BT=segments_BT,
-        completion_BT=completion_BT,
-        old_logp_BT=logp_BT,
+        rows=rows,
+        micro_batches=micro_batches,
         r_format_B=scored.r_format_B,
         r_outcome_B=scored.r_outcome_B,
         r_thinking_B=scored.r_thinking_B,

@@ -92,6 +92,11 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def micro_batches(mesh: Mesh) -> NamedSharding:
+    """Rows behind an axis of micro-batches, which are computed one after the other."""
+    return NamedSharding(mesh, P(None, ("data", "fsdp")))
+
+
 def check_rows(mesh: Mesh, **rows: int) -> None:
     """Refuses a number of rows, named as the setting it comes from, that the mesh cannot split."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

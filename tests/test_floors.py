@@ -6,17 +6,19 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    9: "train",  # the whole run: it calls the stages
-    8: "grpo",
+    9: "train benchmarks.rollout",  # the whole run: it calls the stages
+    8: "grpo benchmarks.rollout_ours",
     7: "sft make_pairs train_reward evaluate rewards",
-    6: "start fit update supervised report summary sandbox",
-    5: "rollout models.reward checkpoint sandbox_server",
-    4: "models.decoder models.load data sandbox_work sandbox_zygote",
+    6: "start fit update supervised report summary sandbox rollout",
+    5: "decoding models.reward checkpoint sandbox_server",
+    4: "models.decoder models.decode models.load data sandbox_work sandbox_zygote",
     3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
     2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_run",
-    1: "sharding algo world cli figures sandbox_proxy",
-    0: "types config rng masked metrics parse compare charts interrupt progress sandbox_wire "
-    "sandbox_jail",
+    1: "sharding algo world cli figures sandbox_proxy benchmarks.rollout_hf "
+    "benchmarks.rollout_tunix",
+    0: "benchmarks.checkpoints benchmarks.machine benchmarks.workers "
+    "types config rng masked memory scheduler packing metrics parse compare charts interrupt "
+    "progress sandbox_wire sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
