@@ -37,7 +37,7 @@ def config() -> Config:
     model = ModelConfig(
         checkpoint=CHECKPOINT,
         architecture=ARCHITECTURE,
-        compute=Compute(dtype="bfloat16", remat="full"),
+        compute=Compute(dtype="bfloat16", remat="full", logprob_mb=640),
     )
     return Config(
         policy=model,

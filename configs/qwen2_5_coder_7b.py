@@ -50,7 +50,7 @@ def config() -> Config:
     model = ModelConfig(
         checkpoint=CHECKPOINT,
         architecture=ARCHITECTURE,
-        compute=Compute(dtype="bfloat16", remat="full", logprob_chunk=65536),
+        compute=Compute(dtype="bfloat16", remat="full", logprob_mb=40_000),
     )
     return Config(
         policy=model,

@@ -1,67 +1,174 @@
-"""The key/value cache of a decoder: fixed length, columns written from left to right."""
+"""Keys and values in pages, and the attention of one new token a slot over them.
+
+A slot's keys lie in two kinds of pages: those of its prompt, which all samples of the prompt read
+and nobody writes any more, and its own, which hold what it has drawn. Nothing is ever copied: a
+sample that begins only names its prompt's pages, and its first own page begins behind the prompt.
+
+Attention goes over the pages, not over the slots: each page is read once, where it lies, for all
+the slots that own it, and the slots then gather what their pages say. To gather keys and values by
+slot would copy every one of them for every token, and a shared page once for each of its owners.
+
+Axes: X pages of a pool, S tokens of a page, M entries of a slot's table, O owners of a page, and
+the G = N / K query heads of a key head.
+"""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pgrpo_jax.config import Architecture, Compute
+from pgrpo_jax import sharding
+from pgrpo_jax.config import Architecture
+
+
+class Pool(flax.struct.PyTreeNode):
+    """Pages of one kind: keys [X, K, H, S] and values [X, K, S, H] for each layer.
+
+    The layers are arrays of their own, so that a token is written in place and a page is read where
+    it lies: a slice of one great array would be copied before it is multiplied. So would keys that
+    do not lie as their product wants them, with tokens in the last axis.
+    """
+
+    k_LXKHS: tuple[jax.Array, ...]
+    v_LXKSH: tuple[jax.Array, ...]
+
+    @property
+    def pages(self) -> int:
+        """X."""
+        return self.v_LXKSH[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """S."""
+        return self.v_LXKSH[0].shape[2]
 
 
 class Cache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens seen so far.
+    """The pages of prompts, and the pages of what is drawn."""
 
-    positions_BS and segments_BS (int32) belong to the columns; segment 0 marks a column that no
-    query reads: padding, or not yet written. `index` (int32 scalar) is the next column to write,
-    the same for all rows. Writing past the last column overwrites the last ones without a word
-    (the index is traced): size the cache to the run.
+    prompt: Pool
+    own: Pool
+
+
+class Places(flax.struct.PyTreeNode):
+    """Which slot reads which page of a pool, int32.
+
+    owner_XO: the slots that own a page; a place that nobody holds may name any slot. start_X: the
+    page's first token among the tokens that its owners have in this pool. table_BM: the slot's
+    pages in order, as x * O + o with owner_XO[x, o] the slot; entries it does not need name any.
     """
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-    positions_BS: jax.Array
-    segments_BS: jax.Array
-    index: jax.Array
+    owner_XO: jax.Array
+    start_X: jax.Array
+    table_BM: jax.Array
 
 
-def empty(arch: Architecture, compute: Compute, batch: int, length: int) -> Cache:
-    """A cache of `length` columns in which nothing is written yet."""
-    shape = (arch.layers, batch, length, arch.kv_heads, arch.head_dim)
-    return Cache(
-        k_LBSKH=jnp.zeros(shape, compute.dtype),
-        v_LBSKH=jnp.zeros(shape, compute.dtype),
-        positions_BS=jnp.zeros((batch, length), jnp.int32),
-        segments_BS=jnp.zeros((batch, length), jnp.int32),
-        index=jnp.zeros((), jnp.int32),
+class Partial(flax.struct.PyTreeNode):
+    """What a slot's query finds in each of its pages: the largest score, the sum of exp(score -
+    largest), float32 [B, M, K, G], and the values weighted by these, [B, M, K, G, H]."""
+
+    top_BMKG: jax.Array
+    sum_BMKG: jax.Array
+    value_BMKGH: jax.Array
+
+
+def empty(arch: Architecture, dtype: str, pages: int, page_size: int) -> Pool:
+    """A pool in which nothing is written yet."""
+    K, H = arch.kv_heads, arch.head_dim
+    return Pool(
+        tuple(jnp.zeros((pages, K, H, page_size), dtype) for _ in range(arch.layers)),
+        tuple(jnp.zeros((pages, K, page_size, H), dtype) for _ in range(arch.layers)),
     )
 
 
-def write_rows(cache: Cache, positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
-    """Notes positions and segments of T new columns, before the layers write theirs."""
-    if positions_BT.shape[1] > cache.positions_BS.shape[1]:
-        raise ValueError(
-            f"{positions_BT.shape[1]} new tokens do not fit a cache of "
-            f"{cache.positions_BS.shape[1]} columns"
+def grown(pool: Pool, pages: int) -> Pool:
+    """The pool with room for `pages` pages, those it holds in front."""
+    more = pages - pool.pages
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, more), (0, 0), (0, 0), (0, 0))), pool)
+
+
+def write_tokens(
+    pool: Pool, layer: int, page_B: jax.Array, offset_B: jax.Array, k_BKH: jax.Array, v_BKH
+) -> Pool:
+    """One token a slot; a page number of X writes nothing."""
+    k_XKHS, v_XKSH = pool.k_LXKHS[layer], pool.v_LXKSH[layer]
+    k_XKHS = k_XKHS.at[page_B, :, :, offset_B].set(k_BKH.astype(k_XKHS.dtype), mode="drop")
+    v_XKSH = v_XKSH.at[page_B, :, offset_B].set(v_BKH.astype(v_XKSH.dtype), mode="drop")
+    return _with_layer(pool, layer, k_XKHS, v_XKSH)
+
+
+def write_pages(
+    pool: Pool, layer: int, page_RM: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array
+) -> Pool:
+    """R rows of T = M * S tokens, whole pages; a page number of X writes nothing."""
+
+    def paged(x_RTKH: jax.Array, order: tuple[int, ...]) -> jax.Array:
+        R, T, K, H = x_RTKH.shape
+        return x_RTKH.reshape(R, T // pool.page_size, pool.page_size, K, H).transpose(order)
+
+    k_XKHS, v_XKSH = pool.k_LXKHS[layer], pool.v_LXKSH[layer]
+    k_RMKHS, v_RMKSH = paged(k_RTKH, (0, 1, 3, 4, 2)), paged(v_RTKH, (0, 1, 3, 2, 4))
+    k_XKHS = k_XKHS.at[page_RM].set(k_RMKHS.astype(k_XKHS.dtype), mode="drop")
+    v_XKSH = v_XKSH.at[page_RM].set(v_RMKSH.astype(v_XKSH.dtype), mode="drop")
+    return _with_layer(pool, layer, k_XKHS, v_XKSH)
+
+
+def _with_layer(pool: Pool, layer: int, k_XKHS: jax.Array, v_XKSH: jax.Array) -> Pool:
+    def put(arrays: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
+        return (*arrays[:layer], new, *arrays[layer + 1 :])
+
+    k_XKHS, v_XKSH = sharding.constrain(k_XKHS, "XKHS"), sharding.constrain(v_XKSH, "XKSH")
+    return Pool(put(pool.k_LXKHS, k_XKHS), put(pool.v_LXKSH, v_XKSH))
+
+
+def read_pages(pool: Pool, layer: int, page_RM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of whole pages side by side, [R, M * S, K, H]."""
+    k_RMSKH = pool.k_LXKHS[layer][page_RM].transpose(0, 1, 4, 2, 3)
+    v_RMSKH = pool.v_LXKSH[layer][page_RM].transpose(0, 1, 3, 2, 4)
+    R, M, S, K, H = k_RMSKH.shape
+    return k_RMSKH.reshape(R, M * S, K, H), v_RMSKH.reshape(R, M * S, K, H)
+
+
+def partial(
+    q_BKGH: jax.Array, pool: Pool, layer: int, places: Places, length_B: jax.Array
+) -> Partial:
+    """What the queries find in one pool, of which slot b has `length_B[b]` tokens."""
+    k_XKHS, v_XKSH = pool.k_LXKHS[layer], pool.v_LXKSH[layer]
+    S, H, owners = pool.page_size, q_BKGH.shape[3], places.owner_XO.shape[1]
+    q_XOKGH = sharding.constrain((q_BKGH * H**-0.5)[places.owner_XO], "XOKGH")
+    scores_XKOGS = jnp.einsum(
+        "XOKGH,XKHS->XKOGS", q_XOKGH, k_XKHS, preferred_element_type=jnp.float32
+    )
+    valid_XO = length_B[places.owner_XO] - places.start_X[:, None]
+    mask_XOS = jnp.arange(S)[None, None] < valid_XO[..., None]
+    mask_XKOGS = jnp.broadcast_to(mask_XOS[:, None, :, None], scores_XKOGS.shape)
+    floor = jnp.finfo(scores_XKOGS.dtype).min
+    top_XKOG = jnp.where(mask_XKOGS, scores_XKOGS, floor).max(-1)
+    weights_XKOGS = jnp.where(mask_XKOGS, jnp.exp(scores_XKOGS - top_XKOG[..., None]), 0)
+    value_XKOGH = jnp.einsum("XKOGS,XKSH->XKOGH", weights_XKOGS.astype(v_XKSH.dtype), v_XKSH)
+    page_BM, owner_BM = places.table_BM // owners, places.table_BM % owners
+
+    def by_slot(y: jax.Array) -> jax.Array:
+        return sharding.constrain(y[page_BM, :, owner_BM], "BMKGH"[: y.ndim])
+
+    used_BM = jnp.arange(page_BM.shape[1])[None] * S < length_B[:, None]
+    return Partial(
+        top_BMKG=jnp.where(used_BM[..., None, None], by_slot(top_XKOG), floor),
+        sum_BMKG=by_slot(weights_XKOGS.sum(-1)),
+        value_BMKGH=by_slot(value_XKOGH),
+    )
+
+
+def merged(parts: tuple[Partial, ...], dtype: str) -> jax.Array:
+    """out_BKGH, the softmax over all keys of a slot; zeros, or finite, where it has none."""
+    top_BMKG, sum_BMKG, value_BMKGH = (
+        jnp.concatenate(part, axis=1)
+        for part in (
+            [p.top_BMKG for p in parts],
+            [p.sum_BMKG for p in parts],
+            [p.value_BMKGH for p in parts],
         )
-    at = (0, cache.index)
-    return cache.replace(
-        positions_BS=jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, at),
-        segments_BS=jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, at),
     )
-
-
-def write_layer(cache: Cache, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cache:
-    """Writes one layer's keys and values of T new columns at `index`."""
-    at = (layer, 0, cache.index, 0, 0)
-    k_1BTKH = k_BTKH[None].astype(cache.k_LBSKH.dtype)
-    v_1BTKH = v_BTKH[None].astype(cache.v_LBSKH.dtype)
-    return cache.replace(
-        k_LBSKH=jax.lax.dynamic_update_slice(cache.k_LBSKH, k_1BTKH, at),
-        v_LBSKH=jax.lax.dynamic_update_slice(cache.v_LBSKH, v_1BTKH, at),
-    )
-
-
-def read_layer(cache: Cache, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """k_BSKH and v_BSKH of one layer."""
-    k_BSKH = jax.lax.dynamic_index_in_dim(cache.k_LBSKH, layer, keepdims=False)
-    v_BSKH = jax.lax.dynamic_index_in_dim(cache.v_LBSKH, layer, keepdims=False)
-    return k_BSKH, v_BSKH
+    weights_BMKG = jnp.exp(top_BMKG - top_BMKG.max(1, keepdims=True))
+    total_BKG = (weights_BMKG * sum_BMKG).sum(1)
+    out_BKGH = (weights_BMKG[..., None] * value_BMKGH).sum(1)
+    return (out_BKGH / jnp.where(total_BKG == 0, 1, total_BKG)[..., None]).astype(dtype)

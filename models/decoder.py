@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from pgrpo_jax import sharding
 from pgrpo_jax.config import Architecture, Compute
 from pgrpo_jax.models import attention, layers
-from pgrpo_jax.models import cache as caches
-from pgrpo_jax.models.cache import Cache
 
 Params = dict[str, Any]
 
@@ -23,7 +21,7 @@ Params = dict[str, Any]
 def init(arch: Architecture, compute: Compute, key: jax.Array) -> Params:
     """Random parameters of `compute.param_dtype`: variance 1 / fan-in, embeddings 1 / D."""
     token_11 = jnp.zeros((1, 1), jnp.int32)
-    return _Decoder(arch, compute).init(key, token_11, token_11, token_11, None)["params"]
+    return _Decoder(arch, compute).init(key, token_11, token_11, token_11)["params"]
 
 
 def forward(
@@ -33,17 +31,11 @@ def forward(
     ids_BT: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array,
-    cache: Cache | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """x_BTD after the final norm, in `compute.dtype`, and the cache with T more columns.
-
-    With a cache, queries attend to what it holds and to the new tokens; without, to the new tokens.
-    Rows of padding are finite but mean nothing.
-    """
+) -> jax.Array:
+    """x_BTD after the final norm, in `compute.dtype`. Padding is finite but means nothing."""
     variables = {"params": params}
-    decoder = _Decoder(arch, compute)
     # Linen types what `apply` returns for any module and any mutable collection.
-    result: Any = decoder.apply(variables, ids_BT, positions_BT, segments_BT, cache)
+    result: Any = _Decoder(arch, compute).apply(variables, ids_BT, positions_BT, segments_BT)
     return result
 
 
@@ -57,21 +49,16 @@ class _Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD, layer, cache, rows, angles):
+    def __call__(self, x_BTD, rows, angles):
         arch = self.arch
         q_BTNH = sharding.constrain(self._heads("query", arch.heads, x_BTD, angles), "BTNH")
         k_BTKH = sharding.constrain(self._heads("key", arch.kv_heads, x_BTD, angles), "BTKH")
         v_BTKH = sharding.constrain(self._project("value", arch.kv_heads)(x_BTD), "BTKH")
-        k_BSKH, v_BSKH, columns = k_BTKH, v_BTKH, rows
-        if cache is not None:
-            cache = caches.write_layer(cache, layer, k_BTKH, v_BTKH)
-            k_BSKH, v_BSKH = caches.read_layer(cache, layer)
-            columns = cache.positions_BS, cache.segments_BS
-        out_BTNH = attention.attend(self.compute, q_BTNH, k_BSKH, v_BSKH, *rows, *columns)
+        out_BTNH = attention.attend(self.compute, q_BTNH, k_BTKH, v_BTKH, *rows, *rows)
         shape = (arch.heads, arch.head_dim, arch.width)
         gain = layers.residual_gain(arch)
         out = layers.Projection("BTNH,NHD->BTD", shape, self.compute, gain=gain, name="out")
-        return out(out_BTNH), cache
+        return out(out_BTNH)
 
     def _project(self, name, heads):
         shape = (self.arch.width, heads, self.arch.head_dim)
@@ -91,17 +78,14 @@ class _Layer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, carry, layer, rows, angles):
-        x_BTD, cache = carry
+    def __call__(self, x_BTD, rows, angles):
         eps, dtype = self.arch.norm_eps, self.compute.param_dtype
         attend = _Attention(self.arch, self.compute, name="attention")
         y_BTD = layers.RMSNorm(eps, dtype, name="attention_norm")(x_BTD)
-        y_BTD, cache = attend(y_BTD, layer, cache, rows, angles)
-        x_BTD = sharding.constrain(x_BTD + y_BTD, "BTD")
+        x_BTD = sharding.constrain(x_BTD + attend(y_BTD, rows, angles), "BTD")
         y_BTD = layers.RMSNorm(eps, dtype, name="mlp_norm")(x_BTD)
         y_BTD = layers.MLP(self.arch, self.compute, name="mlp")(y_BTD)
-        x_BTD = sharding.constrain(x_BTD + y_BTD, "BTD")
-        return (x_BTD, cache), None
+        return sharding.constrain(x_BTD + y_BTD, "BTD"), None
 
 
 class _Decoder(nn.Module):
@@ -109,7 +93,7 @@ class _Decoder(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, ids_BT, positions_BT, segments_BT, cache):
+    def __call__(self, ids_BT, positions_BT, segments_BT):
         arch, compute = self.arch, self.compute
         init = nn.initializers.normal(arch.width**-0.5)
         shape_VD = (arch.vocab_size, arch.width)
@@ -117,27 +101,19 @@ class _Decoder(nn.Module):
         if self.is_initializing() and not arch.tied_embeddings:  # a reward trunk goes without
             self.param("unembedding", init, shape_VD[::-1], compute.param_dtype)
         x_BTD = sharding.constrain(embedding_VD[ids_BT].astype(compute.dtype), "BTD")
-        if cache is not None:
-            cache = caches.write_rows(cache, positions_BT, segments_BT)
-        # The cache is carried, not scanned over: scanning would copy it for every token.
         scanned = nn.scan(
             _remat(compute),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),
             length=arch.layers,
             unroll=compute.scan_unroll,
         )
-        (x_BTD, cache), _ = scanned(arch, compute, name="layers")(
-            (x_BTD, cache),
-            jnp.arange(arch.layers),
-            (positions_BT, segments_BT),
-            layers.rope(arch, positions_BT),
+        x_BTD, _ = scanned(arch, compute, name="layers")(
+            x_BTD, (positions_BT, segments_BT), layers.rope(arch, positions_BT)
         )
-        if cache is not None:
-            cache = cache.replace(index=cache.index + ids_BT.shape[1])
         norm = layers.RMSNorm(arch.norm_eps, compute.param_dtype, name="final_norm")
-        return norm(x_BTD), cache
+        return norm(x_BTD)
 
 
 def _remat(compute: Compute):

@@ -12,6 +12,11 @@ from jax import lax
 from pgrpo_jax import sharding
 
 
+def chunk_tokens(megabytes: int, vocab_size: int) -> int:
+    """Tokens whose float32 logits take that much: memory does not grow with the vocabulary."""
+    return max(megabytes * 2**20 // (4 * vocab_size), 1)
+
+
 def logprobs(
     x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:

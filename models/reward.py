@@ -35,7 +35,7 @@ def score(
 
     A row without any token scores what its column 0 says: the caller masks it.
     """
-    x_BTD, _ = decoder.forward(params["trunk"], arch, compute, ids_BT, positions_BT, segments_BT)
+    x_BTD = decoder.forward(params["trunk"], arch, compute, ids_BT, positions_BT, segments_BT)
     columns_T = jnp.arange(ids_BT.shape[1])[None]
     last_B = jnp.max(jnp.where(segments_BT > 0, columns_T, 0), axis=1)
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]

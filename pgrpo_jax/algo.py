@@ -129,7 +129,8 @@ def k3(logp_BT: jax.Array, other_logp_BT: jax.Array, mask_BT: jax.Array) -> jax.
 
 
 # Aggregations: the weight of every token, so that  loss = sum(loss_BT * weights_BT). Formed once,
-# for the whole batch, they make its micro-batches add up to the same gradient however it is split.
+# for the whole batch, they make its rows and micro-batches add up to the same gradient however its
+# sequences are packed and split.
 
 
 def token_weights(mask_BT: jax.Array) -> jax.Array:
@@ -137,14 +138,17 @@ def token_weights(mask_BT: jax.Array) -> jax.Array:
     return mask_BT / masked.count(mask_BT)
 
 
-def sequence_weights(mask_BT: jax.Array, rows: jax.Array) -> jax.Array:
-    """The mean over `rows` sequences of each one's mean over its tokens: GRPO, arXiv 2402.03300."""
-    return mask_BT / (masked.count(mask_BT, axis=1, keepdims=True) * rows)
+def sequence_weights(mask_BT: jax.Array, length_BT: jax.Array, sequences: jax.Array) -> jax.Array:
+    """The mean over `sequences` of each one's mean over its tokens: GRPO, arXiv 2402.03300.
+
+    `length_BT` is the number of tokens in the mask of the sequence that a token belongs to.
+    """
+    return mask_BT / (jnp.maximum(length_BT, 1) * sequences)
 
 
-def constant_weights(mask_BT: jax.Array, rows: jax.Array, *, length: int) -> jax.Array:
-    """The sum over tokens by rows x length, a length's constant: Dr. GRPO, arXiv 2503.20783."""
-    return mask_BT / (rows * length)
+def constant_weights(mask_BT: jax.Array, sequences: jax.Array, *, length: int) -> jax.Array:
+    """The sum over tokens by sequences x length, a constant: Dr. GRPO, arXiv 2503.20783."""
+    return mask_BT / (sequences * length)
 
 
 def bradley_terry_loss(

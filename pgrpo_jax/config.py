@@ -118,7 +118,7 @@ class Compute(Settings):
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: Positive = 1
     attention: Literal["auto", "pallas", "reference"] = "auto"
-    logprob_chunk: Positive = 1024  # tokens whose [chunk, V] logits exist at one time
+    logprob_mb: Positive = 64  # float32 logits that exist at one time, over all devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,10 @@ class RolloutConfig(Settings):
     top_k: Count = 0  # 0: off
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     prompt_buckets: tuple[Positive, ...] = (256, 512, 1024)  # tokens; prompts are padded to these
-    batch_size: Count = 0  # completions decoded together; 0: all of a step
+    batch_size: Count = 0  # slots: completions decoded together; 0: all of a step
+    page_size: Positive = 64  # tokens of a page of the key/value cache
+    prefill_tokens: Positive = 4096  # of prompts, computed between two visits of the host
+    memory_fraction: Fraction = 0.8  # of the free memory, that the cache may take
 
     def __post_init__(self):
         super().__post_init__()
@@ -261,7 +264,7 @@ class UpdateConfig(Settings):
     epsilon: PositiveFloat = 0.2
     epsilon_high: PositiveFloat = 0.28
     num_iterations: Positive = 1
-    micro_batch_size: Count = 0  # rows a gradient is taken over at one time; 0: all
+    micro_batch_size: Positive = 8  # packed rows a gradient is taken over at one time
     mask_truncated_completions: bool = False
     optimizer: Optimizer = Optimizer()
 

@@ -254,19 +254,25 @@ def _padded(
 
 
 def batches(items: Sequence[T], batch_size: int, seed: int) -> Batches[list[T]]:
-    """This process's share of shuffled batches, without end; `batch_size` counts all processes."""
-    return _stream(len(items), batch_size, seed, lambda index: [items[i] for i in index])
+    """Shuffled batches without end, the same in every process."""
+    return _stream(len(items), batch_size, seed, lambda index: [items[i] for i in index], 0, 1)
 
 
 def example_batches(examples: Examples[T], batch_size: int, seed: int) -> Batches[T]:
-    """The same for the rows of a supervised stage."""
-    return _stream(len(examples), batch_size, seed, examples.take)
+    """This process's share of such batches for a supervised stage; `batch_size` counts the rows of
+    all processes."""
+    process, processes = jax.process_index(), jax.process_count()
+    return _stream(len(examples), batch_size, seed, examples.take, process, processes)
 
 
 def _stream(
-    length: int, batch_size: int, seed: int, take: Callable[[np.ndarray], Any]
+    length: int,
+    batch_size: int,
+    seed: int,
+    take: Callable[[np.ndarray], Any],
+    process: int,
+    processes: int,
 ) -> Batches[Any]:
-    process, processes = jax.process_index(), jax.process_count()
     if batch_size % processes:
         raise ValueError(f"batch size {batch_size} must be a multiple of {processes} processes")
     # grain's epoch e is shuffled by seed + e: seeds must be far apart, or runs share epochs.

@@ -21,7 +21,6 @@ from pgrpo_jax import (
     data,
     metrics,
     parse,
-    reshard,
     rng,
     sandbox,
     sharding,
@@ -144,8 +143,7 @@ def run(cfg: config.Config) -> None:
     """Evaluates the run's newest policy and prints a table."""
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.newest_policy(cfg, mesh)
-    params = reshard.compile_reshard(cfg, arch, mesh)(params)
-    engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids, words.pad_id)
+    engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)
     prompts, _ = data.prompts(start.problems(cfg, "evaluation"), words, cfg.data)
     with sandbox.Judge(cfg.judge) as judge:
         values, _ = evaluate(cfg, engine, params, prompts, words, judge)

@@ -90,5 +90,5 @@ def reports(cfg: config.Config, name: str) -> Iterator[Report]:
     """A report on each program of a configuration, on a slice."""
     devices, chip = topology.devices(name), topology.chip(name)
     mesh = sharding.make_mesh(cfg.mesh, devices)
-    for program in programs.programs(cfg, mesh):
+    for program in programs.programs(cfg, mesh, chip.hbm_bytes):
         yield measure(program, chip, len(devices))

@@ -20,6 +20,7 @@ from pgrpo_jax import (
     interrupt,
     metrics,
     optimizer,
+    packing,
     progress,
     reshard,
     rewards,
@@ -28,6 +29,7 @@ from pgrpo_jax import (
     sharding,
     start,
     tokenizer,
+    types,
     update,
 )
 from pgrpo_jax.config import Architecture
@@ -70,11 +72,8 @@ class Loop:
         self.cfg, self.words, self.judge, self.scorer = cfg, words, judge, scorer
         self.mesh = mesh
         arch, params = policy
-        self.engine = Engine(
-            cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids, words.pad_id
-        )
-        self.for_rollout = reshard.compile_reshard(cfg, arch, mesh)
-        self.reshard_bytes = float(reshard.received_bytes(cfg, arch, mesh))
+        self.engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)
+        self.reshard_bytes = float(reshard.received_bytes(arch, cfg.policy.compute, mesh))
         self.update = update.compile_update(cfg, arch, mesh)
         tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
         self.reference = None
@@ -91,9 +90,9 @@ class Loop:
     def run(self) -> None:
         """Steps from the newest checkpoint to the last step.
 
-          Raises:
-            fit.Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
-        canaries.FooledError: a known-bad program passed.
+        Raises:
+          fit.Interrupted: after Ctrl-C or SIGTERM, when the state is saved.
+          canaries.FooledError: a known-bad program passed.
         """
         cfg, steps = self.cfg, self.cfg.update.steps
         with (
@@ -148,45 +147,50 @@ class Loop:
     def _evaluate(self, log: metrics.Log, step: int) -> None:
         clock = Clock()
         with clock.phase("evaluate"):
-            params = self.for_rollout(self.state.params)
             values, judged = evaluate.evaluate(
-                self.cfg, self.engine, params, self.held, self.words, self.judge
+                self.cfg, self.engine, self.state.params, self.held, self.words, self.judge
             )
         tokens = float(sum(len(j.completion.ids) for j in judged))
         log.metrics(step, values | clock.metrics() | {"tokens": tokens})
 
     def _step(self, log: metrics.Log, step: int) -> dict[str, float]:
-        """One step; writes its completions and returns its metrics."""
+        """One step; writes its completions and returns its metrics. Each process judges the
+        completions of some of the prompts."""
         cfg, clock = self.cfg, Clock()
-        prompts = next(self.batches)
+        prompts, completions = next(self.batches), []
+        own = hosts.share(len(prompts))
         session = rewards.Rewards(cfg, self.words, self.judge, self.scorer)
         with clock.phase("rollout"):
             stream = self.engine.generate(
-                self.for_rollout(self.state.params),
+                self.state.params,
                 prompts,
                 cfg.rollout.num_generations,
                 rng.integer(cfg.seed, "rollout"),
                 step,
             )
             for completion in stream:
-                session.add(completion)
+                completions.append(completion)
+                if completion.group in own:
+                    session.add(completion)
         with clock.phase("judge"):
             session.wait()
         with clock.phase("thinking"):
             scored = session.finish()
         with clock.phase("update"):
-            batch = sharding.put_rows(self.mesh, update_batch(cfg, self.words.pad_id, scored))
+            batch = update_batch(cfg, completions, hosts.gather(scored.for_update()))
+            batch = sharding.put(batch, update.batch_sharding(self.mesh))
             if self.reference is not None:
-                batch = batch.replace(ref_logp_BT=self.reference(batch))
+                batch = batch.replace(ref_logp_ART=self.reference(batch))
             for iteration in range(cfg.update.num_iterations):
                 self.state, values, advantage_B = self.update(self.state, batch)
                 if iteration == 0:
                     first = values
-            values = jax.device_get(values | _mismatch(first))
-        own = [dataclasses.asdict(row) for row in scored.rows(sharding.local_rows(advantage_B))]
-        rows = [metrics.CompletionRow(**row) for rows in hosts.gather(own) for row in rows]
-        log.completions(step, rows)
-        tokens = sum(row.length for row in rows)
+            values, advantage_B = jax.device_get((values | _mismatch(first), advantage_B))
+        G = cfg.rollout.num_generations
+        kept = scored.rows(advantage_B[own.start * G : own.stop * G])
+        everyones = hosts.gather([dataclasses.asdict(row) for row in kept])
+        log.completions(step, [metrics.CompletionRow(**row) for rows in everyones for row in rows])
+        tokens = sum(len(c.ids) for c in completions)
         seconds = clock.metrics()
         speed = {"tokens": float(tokens), "tokens_per_s": tokens / seconds["time/step_s"]}
         judged = [
@@ -198,7 +202,8 @@ class Loop:
         return {
             **{name: float(value) for name, value in values.items()},
             **hosts.mean(scored.values | evaluate.oracle(judged, scored.terms["thinking"])),
-            **length_metrics(rows),
+            **length_metrics(completions),
+            **self.engine.statistics.metrics(),
             **seconds,
             **speed,
             "reshard/received_bytes": self.reshard_bytes,
@@ -210,43 +215,36 @@ def _mismatch(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: value for name, value in values.items() if name.startswith("mismatch_")}
 
 
-def length_metrics(rows: Sequence[metrics.CompletionRow]) -> dict[str, float]:
+def length_metrics(completions: Sequence[types.Completion]) -> dict[str, float]:
     """Lengths in tokens, and the share that the limit cut."""
-    lengths = [row.length for row in rows]
+    lengths = [len(c.ids) for c in completions]
     return {
         "completions/mean_length": float(np.mean(lengths)),
         "completions/max_length": float(np.max(lengths)),
-        "completions/clipped_ratio": float(np.mean([row.truncated for row in rows])),
+        "completions/clipped_ratio": float(np.mean([c.truncated for c in completions])),
     }
 
 
-def update_batch(cfg: config.Config, pad_id: int, scored: rewards.Scored) -> update.UpdateBatch:
-    """Token rows, prompt and completion side by side, padded on the right to a length that depends
-    on the prompts' bucket alone; the G completions of a prompt in consecutive rows.
-    """
-    completions = scored.completions
-    longest = max(len(c.prompt_ids) for c in completions)
-    bucket = next(b for b in cfg.rollout.prompt_buckets if b >= longest)
-    shape_BT = len(completions), bucket + cfg.rollout.max_completion_length
-    ids_BT, segments_BT = np.full(shape_BT, pad_id, np.int32), np.zeros(shape_BT, np.int32)
-    completion_BT, logp_BT = np.zeros(shape_BT, bool), np.zeros(shape_BT, np.float32)
-    for row, c in enumerate(completions):
-        begin, end = len(c.prompt_ids), len(c.prompt_ids) + len(c.ids)
-        ids_BT[row, :begin], ids_BT[row, begin:end] = c.prompt_ids, c.ids
-        segments_BT[row, :end] = 1
-        completion_BT[row, begin:end] = True
-        logp_BT[row, begin:end] = c.logps
-    positions_BT = np.broadcast_to(np.arange(shape_BT[1], dtype=np.int32), shape_BT)
+def update_batch(
+    cfg: config.Config,
+    completions: Sequence[types.Completion],
+    terms: Sequence[dict[str, list[float]]],
+) -> update.UpdateBatch:
+    """A step's completions, packed, with `Scored.for_update` of each process. The shape depends on
+    the prompts' bucket, and on which of two lengths of row suits the completions better, alone."""
+    completions = sorted(completions, key=lambda c: (c.group, c.sample))
+    lengths = [len(c.prompt_ids) + len(c.ids) for c in completions]
+    bucket = max(len(c.prompt_ids) for c in completions)
+    bucket = next(b for b in cfg.rollout.prompt_buckets if b >= bucket)
+    longest, R = bucket + cfg.rollout.max_completion_length, cfg.update.micro_batch_size
+    batches, T = packing.pack(lengths, longest, R)
+    rows, micro_batches = update.packed(completions, batches, R, T)
+    everyones = {name: sum((one[name] for one in terms), []) for name in terms[0]}
+    valid_B = np.array(everyones.pop("valid_B"), bool)
     return update.UpdateBatch(
-        ids_BT=ids_BT,
-        positions_BT=positions_BT,
-        segments_BT=segments_BT,
-        completion_BT=completion_BT,
-        old_logp_BT=logp_BT,
-        r_format_B=scored.r_format_B,
-        r_outcome_B=scored.r_outcome_B,
-        r_thinking_B=scored.r_thinking_B,
-        r_extra_B=scored.r_extra_B,
-        valid_B=scored.valid_B,
+        rows=rows,
+        micro_batches=micro_batches,
+        **{name: np.array(term_B, np.float32) for name, term_B in everyones.items()},
+        valid_B=valid_B,
         truncated_B=np.array([c.truncated for c in completions]),
     )

@@ -31,3 +31,15 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     names = sorted({name for one in every for name in one})
     columns = {name: [one[name] for one in every if name in one] for name in names}
     return {name: sum(column) / len(column) for name, column in columns.items()}
+
+
+def share(count: int) -> range:
+    """Which of `count` things are this process's; the shares stand in the order of processes.
+
+    Raises:
+      ValueError: there are fewer things than processes.
+    """
+    process, processes = jax.process_index(), jax.process_count()
+    if count < processes:
+        raise ValueError(f"{count} prompts a step leave some of {processes} processes without one")
+    return range(count * process // processes, count * (process + 1) // processes)

@@ -18,16 +18,20 @@ from jax.sharding import Mesh
 from pgrpo_jax import (
     config,
     data,
+    decoding,
     optimizer,
+    packing,
     reshard,
     rewards,
     rollout,
     roofline,
+    scheduler,
     sharding,
     supervised,
     update,
 )
 from pgrpo_jax.config import Architecture
+from pgrpo_jax.models import cache as caches
 from pgrpo_jax.models import decoder, load, reward
 
 Bytes = Mapping[str, int]  # of one device, by kind
@@ -74,8 +78,9 @@ def on_tpu(cfg: config.Config) -> config.Config:
     return dataclasses.replace(cfg, policy=one(cfg.policy), reward_model=one(cfg.reward_model))
 
 
-def programs(cfg: config.Config, mesh: Mesh) -> Iterator[Program]:
-    """Every program of the run, in the order in which it runs them."""
+def programs(cfg: config.Config, mesh: Mesh, hbm_bytes: int) -> Iterator[Program]:
+    """Every program of the run, in the order in which it runs them. The rollout's cache is as large
+    as devices of `hbm_bytes` let it be."""
     policy, judge = architectures(cfg)
     if cfg.sft.steps:
         yield _sft(cfg, policy, mesh)
@@ -84,7 +89,7 @@ def programs(cfg: config.Config, mesh: Mesh) -> Iterator[Program]:
     if not cfg.update.steps:
         return
     yield _reshard(cfg, policy, judge, mesh)
-    yield from _rollout(cfg, policy, judge, mesh)
+    yield from _rollout(cfg, policy, judge, mesh, hbm_bytes)
     yield _scoring(cfg, policy, judge, mesh)
     if cfg.update.kl != "none":
         yield _reference(cfg, policy, judge, mesh)
@@ -104,12 +109,7 @@ class Placed:
     @property
     def bytes(self) -> int:
         """Of one device."""
-        sizes = jax.tree.map(
-            lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize,
-            self.shapes,
-            self.places,
-        )
-        return sum(jax.tree.leaves(sizes))
+        return sharding.device_bytes(self.shapes, self.places)
 
     @property
     def arguments(self) -> Any:
@@ -239,7 +239,7 @@ _TOKENS = ("ids", "positions", "segments")
 
 def _reshard(cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh) -> Program:
     params = _policy(cfg, policy, mesh)
-    program = reshard.compile_reshard(cfg, policy, mesh)
+    program = reshard.compile_reshard(policy, cfg.policy.compute, mesh)
     return Program(
         "reshard for rollout",
         lambda: program.lower(params.arguments),
@@ -250,51 +250,74 @@ def _reshard(cfg: config.Config, policy: Architecture, judge: Architecture, mesh
     )
 
 
-def _rollout(
-    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh
-) -> Iterator[Program]:
+def rollout_sizes(
+    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh, hbm_bytes: int
+) -> scheduler.Sizes:
+    """Slots and pages for the longest prompts on devices of so much memory; where that is too
+    little, the pages of one completion, so that it can be said how much is missing."""
     settings, compute = cfg.rollout, cfg.policy.compute
-    G, prompt = settings.num_generations, settings.prompt_buckets[-1]
-    engine = rollout.Engine(settings, policy, compute, mesh, stop_ids=(0,), pad_id=0)
-    P = engine.prompts_at_once(G)
-    rounds = math.ceil(settings.prompts_per_step / P)
-    params = reshard.abstract(cfg, policy, mesh)
-    bytes_ = Placed(params, jax.tree.map(lambda x: x.sharding, params)).bytes
+    bucket, G = settings.prompt_buckets[-1], settings.num_generations
+    engine = rollout.Engine(settings, policy, compute, mesh, stop_ids=(0,))
+    taken = _weights(cfg, policy, mesh).bytes + sum(_waiting(cfg, policy, judge, mesh).values())
+    return engine.plan(bucket, G, max(hbm_bytes - taken, engine.least_bytes(bucket, G)))
+
+
+def _weights(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Placed:
+    """The policy as it decodes."""
+    weights = reshard.abstract(arch, cfg.policy.compute, mesh)
+    return Placed(weights, jax.tree.map(lambda x: x.sharding, weights))
+
+
+def _cache(cfg: config.Config, arch: Architecture, mesh: Mesh, sizes: scheduler.Sizes) -> Placed:
+    def empty(pages: int) -> caches.Pool:
+        return caches.empty(arch, cfg.policy.compute.dtype, pages, sizes.page_size)
+
+    shapes = jax.eval_shape(lambda: caches.Cache(empty(sizes.prompt_pages), empty(sizes.own_pages)))
+    return Placed(shapes, decoding.cache_sharding(arch, mesh))
+
+
+def _rollout(
+    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh, hbm_bytes: int
+) -> Iterator[Program]:
+    settings = cfg.rollout
+    engine = rollout.Engine(settings, policy, cfg.policy.compute, mesh, stop_ids=(0,))
+    sizes = rollout_sizes(cfg, policy, judge, mesh, hbm_bytes)
+    weights, cache = _weights(cfg, policy, mesh), _cache(cfg, policy, mesh, sizes)
+    known = {"parameters": weights.bytes, "cache": cache.bytes}
     waiting = _waiting(cfg, policy, judge, mesh)
-    prompts, everywhere = _prompts(mesh, P, prompt), sharding.replicated(mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    numbers = _rows(mesh, {name: ((P * G,), np.uint32) for name in ("problem", "sample")})
-    arguments = (params, *prompts, key, *numbers.values())
+
+    def placed(values: Any) -> Any:
+        return Placed(values, engine.places(values)).arguments
+
+    bucket, length = settings.prompt_buckets[-1], engine.pieces()[-1]
+    rows = engine.row_counts(length, sizes.slots)[-1]
+    prompts = placed(rollout.blank_prompts(sizes, rows, length, engine.in_parts()))
     yield Program(
         "prefill",
-        lambda: engine.prefill.lower(*arguments),
-        {"parameters": bytes_},
+        lambda: engine.prefill.lower(weights.arguments, cache.arguments, prompts),
+        known,
         waiting,
-        roofline.forward(policy, P, prompt, logits=False),
-        executions=rounds,
+        roofline.prefill(policy, rows, length, bucket),
+        executions=math.ceil(settings.prompts_per_step / rows) * math.ceil(bucket / length),
     )
-    shapes = jax.eval_shape(engine.prefill, *arguments)
-    slots = Placed(shapes, rollout.slots_sharding(policy, mesh))
-    temperature = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
-    context = prompt + settings.max_completion_length / 2
-    columns = prompt + settings.max_completion_length
+    batch = placed(rollout.blank_batch(sizes, sizes.own_pages))
+    everywhere = sharding.replicated(mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    temperature, leave = (
+        jax.ShapeDtypeStruct((), kind, sharding=everywhere) for kind in (np.float32, np.int32)
+    )
+    arguments = (weights.arguments, cache.arguments, batch, key, temperature, leave)
+    limit, page = settings.max_completion_length, sizes.page_size
+    live = min(sizes.slots, sizes.own_pages // sizes.own_table)
+    pairs = (sizes.prompt_pages * sizes.owners + sizes.own_pages) * page
     yield Program(
         "decode",
-        lambda: engine.decode.lower(params, slots.arguments, temperature),
-        {"parameters": bytes_, "cache": slots.bytes},
+        lambda: engine.decode.lower(*arguments),
+        known,
         waiting,
-        roofline.decoding(policy, P * G, rollout.CHUNK, context, columns),
-        executions=rounds * math.ceil(settings.max_completion_length / rollout.CHUNK),
-        loop_trips=rollout.CHUNK,
-    )
-
-
-def _prompts(mesh: Mesh, P: int, length: int) -> tuple[Any, Any]:
-    splits = P % sharding.row_parts(mesh) == 0
-    place = sharding.batch(mesh) if splits else sharding.replicated(mesh)
-    return (
-        jax.ShapeDtypeStruct((P, length), np.int32, sharding=place),
-        jax.ShapeDtypeStruct((P, length), bool, sharding=place),
+        roofline.decoding(policy, sizes.slots, decoding.CHUNK, bucket + limit / 2, pairs),
+        executions=math.ceil(_completions(cfg) / live * limit / decoding.CHUNK),
+        loop_trips=decoding.CHUNK,
     )
 
 
@@ -313,21 +336,35 @@ def _scoring(cfg: config.Config, policy: Architecture, judge: Architecture, mesh
     )
 
 
-def _update_batch(cfg: config.Config, mesh: Mesh) -> update.UpdateBatch:
-    B, T = _completions(cfg), _longest(cfg)
-    floats = ("r_format_B", "r_outcome_B", "r_thinking_B", "r_extra_B")
-    return update.UpdateBatch(
-        **_tokens(mesh, B, T, "ids_BT", "positions_BT", "segments_BT"),
-        **_rows(mesh, {"completion_BT": ((B, T), bool), "old_logp_BT": ((B, T), np.float32)}),
-        **_rows(mesh, {name: ((B,), np.float32) for name in floats}),
-        **_rows(mesh, {name: ((B,), bool) for name in ("valid_B", "truncated_B")}),
-    )
+def _update_batch(cfg: config.Config, mesh: Mesh) -> tuple[update.UpdateBatch, int]:
+    """In the longer of the two rows that packing may choose; and the micro-batches of them that
+    hold a step's completions, all of the greatest length."""
+    B, R = _completions(cfg), cfg.update.micro_batch_size
+    T = int(_longest(cfg) * max(packing.ROWS))
+    places = update.batch_sharding(mesh)
+    kinds = {"completion": bool, "old_logp": np.float32, "valid_B": bool, "truncated_B": bool}
+
+    def field(name: str, shape: tuple[int, ...], default: Any, place: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, kinds.get(name, default), sharding=place)
+
+    rows = {
+        name: field(name, (math.ceil(B / R), R, T), np.int32, place)
+        for name, place in vars(places.rows).items()
+    }
+    numbers = {
+        name: field(name, (B,), np.float32, place)
+        for name, place in vars(places).items()
+        if name.endswith("_B")
+    }
+    micro_batches = field("micro_batches", (), np.int32, places.micro_batches)
+    batch = update.UpdateBatch(update.Rows(**rows), micro_batches, **numbers)
+    return batch, math.ceil(B * _longest(cfg) / (R * T))
 
 
 def _reference(
     cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh
 ) -> Program:
-    params, batch = _policy(cfg, policy, mesh), _update_batch(cfg, mesh)
+    params, (batch, trips) = _policy(cfg, policy, mesh), _update_batch(cfg, mesh)
     program = update.compile_reference(cfg, policy, mesh)
     return Program(
         "reference logprobs",
@@ -336,13 +373,14 @@ def _reference(
         _waiting(cfg, policy, judge, mesh, "reference"),
         roofline.forward(policy, _completions(cfg), _longest(cfg), logits=True),
         executions=1,
+        loop_trips=trips,
     )
 
 
 def _update(cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh) -> Program:
-    state, batch = _train_state(cfg, policy, mesh), _update_batch(cfg, mesh)
+    state, (batch, trips) = _train_state(cfg, policy, mesh), _update_batch(cfg, mesh)
     if cfg.update.kl != "none":
-        batch = batch.replace(ref_logp_BT=batch.old_logp_BT)
+        batch = batch.replace(ref_logp_ART=batch.rows.old_logp)
     step = update.compile_update(cfg, policy, mesh)
     rows, length = _completions(cfg), _longest(cfg)
     return Program(
@@ -352,4 +390,5 @@ def _update(cfg: config.Config, policy: Architecture, judge: Architecture, mesh:
         _waiting(cfg, policy, judge, mesh, "policy's parameters", "policy's optimizer"),
         roofline.training(policy, cfg.policy.compute, rows, length, logits=True),
         executions=cfg.update.num_iterations,
+        loop_trips=trips,
     )

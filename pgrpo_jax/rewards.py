@@ -151,6 +151,12 @@ class Scored:
     terms: dict[str, np.ndarray]
     values: dict[str, float]
 
+    def for_update(self) -> dict[str, list[float]]:
+        """The fields of `update.UpdateBatch` that are found out here, as another process can be
+        told."""
+        names = ("r_format_B", "r_outcome_B", "r_thinking_B", "r_extra_B", "valid_B")
+        return {name: getattr(self, name).tolist() for name in names}
+
     def rows(self, advantage_B: np.ndarray) -> list[metrics.CompletionRow]:
         """What completions.jsonl keeps."""
         return [

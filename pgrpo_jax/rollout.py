@@ -1,10 +1,13 @@
-"""Sampling of completions: a prompt is prefilled once, its G samples decode with a key/value cache.
+"""Sampling of completions by continuous batching: a slot whose completion ends takes the next one.
 
-The device decodes a chunk of tokens between two visits of the host and is kept one chunk ahead, so
-that finished completions can be judged while the others are still being written.
+A prompt is computed once for all of its samples, which share its pages of the key/value cache. The
+device draws tokens without the host until `chunk` of them are drawn, or enough slots have become
+free to be filled again; then the host hands out what has ended, fills the free slots and computes a
+bounded number of prompt tokens, so that a long prompt never keeps the others waiting for long.
+What ended is handed out while the device is at work again.
 
-A row's random numbers are a function of (seed, step, problem, sample, token index) and of nothing
-else: a completion does not depend on its batch, its row, or the number of devices.
+A completion's random numbers are a function of (seed, step, problem, sample, token index) and of
+nothing else: it does not depend on its slot, its neighbours, or the number of devices.
 
 `logps` are those of the whole softmax(logits / temperature), from float32 logits, which is what the
 trainer recomputes. With top-k or top-p on, tokens come from a narrower distribution than that: such
@@ -12,159 +15,63 @@ samples are for evaluation, and `config.Config` refuses to train on them. Greedy
 (temperature 0) carry the log-probabilities of temperature 1.
 """
 
-import collections
+import dataclasses
 import functools
 import math
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as Spec
+from jax.sharding import Mesh
 
-from pgrpo_jax import rng, sampling, sharding
+from pgrpo_jax import decoding, memory, reshard, rng, sampling, scheduler, sharding
 from pgrpo_jax.config import Architecture, Compute, RolloutConfig
 from pgrpo_jax.data import Prompt
 from pgrpo_jax.models import cache as caches
-from pgrpo_jax.models import decoder
 from pgrpo_jax.types import Completion
 
-CHUNK = 16  # tokens decoded between two visits of the host
+LEVELS = 4  # sizes of the pool of own pages: its pages are all read for every token
+MIN_PAGES = 32  # one size is enough for a pool that is no larger
+LEAVE = 8  # one part in so many of the slots must be free before the host fills them
 
 
-# --- programs
+@dataclasses.dataclass
+class Statistics:
+    """Of one rollout: seconds the host waited for the device and the device for the host, slots
+    that were live and slots there were over all steps, prompt tokens computed, preemptions."""
 
+    wait_s: float = 0.0
+    host_s: float = 0.0
+    live_slots: int = 0
+    all_slots: int = 0
+    prompt_tokens: int = 0
+    visits: int = 0
+    preemptions: int = 0
 
-@flax.struct.dataclass
-class Slots:
-    """B completions in the making. The next token of a row is drawn from `x_BD`."""
-
-    cache: caches.Cache
-    x_BD: jax.Array
-    key_B: jax.Array
-    offset_B: jax.Array  # tokens of the prompt
-    length_B: jax.Array  # tokens drawn so far
-    done_B: jax.Array  # has its stop token, or is at the length limit, or was never a completion
-
-
-@flax.struct.dataclass
-class Tokens:
-    """What a chunk added, and where the rows stand. Columns after a row's end mean nothing."""
-
-    ids_BT: jax.Array
-    logp_BT: jax.Array
-    length_B: jax.Array
-    done_B: jax.Array
-
-
-def prefill(
-    params: Any,
-    ids_PT: jax.Array,
-    mask_PT: jax.Array,
-    key: jax.Array,
-    problem_B: jax.Array,
-    sample_B: jax.Array,
-    *,
-    arch: Architecture,
-    compute: Compute,
-    new_tokens: int,
-) -> Slots:
-    """Slots of B / P samples a prompt, with room for `new_tokens`.
-
-    Prompts are padded on the left; one without any token stands for no prompt, and its rows are
-    done. A row's key is `key` folded with the uint32 `problem_B` and `sample_B`.
-    """
-    P, T = ids_PT.shape
-    G = problem_B.shape[0] // P
-    segments_PT = mask_PT.astype(jnp.int32)
-    positions_PT = jnp.maximum(jnp.cumsum(segments_PT, axis=1) - 1, 0)
-    empty = caches.empty(arch, compute, P, T)
-    x_PTD, cache = decoder.forward(params, arch, compute, ids_PT, positions_PT, segments_PT, empty)
-    assert cache is not None, "a forward pass that is given a cache returns one"
-
-    def for_samples(y: jax.Array, rows: int) -> jax.Array:
-        """Repeats each prompt's entry for its samples and adds columns behind the prompt's."""
-        y = jnp.repeat(y, G, axis=rows)
-        return jnp.pad(y, [(0, new_tokens if axis == rows + 1 else 0) for axis in range(y.ndim)])
-
-    cache = caches.Cache(
-        k_LBSKH=for_samples(cache.k_LBSKH, 1),
-        v_LBSKH=for_samples(cache.v_LBSKH, 1),
-        positions_BS=for_samples(cache.positions_BS, 0),
-        segments_BS=for_samples(cache.segments_BS, 0),
-        index=cache.index,
-    )
-    fold_in = jax.vmap(jax.random.fold_in)
-    offset_B = jnp.repeat(segments_PT.sum(1), G)
-    return Slots(
-        cache=cache,
-        x_BD=jnp.repeat(x_PTD[:, -1], G, axis=0),
-        key_B=fold_in(jax.vmap(jax.random.fold_in, (None, 0))(key, problem_B), sample_B),
-        offset_B=offset_B,
-        length_B=jnp.zeros_like(offset_B),
-        done_B=offset_B == 0,
-    )
-
-
-def decode(
-    params: Any,
-    slots: Slots,
-    temperature: jax.Array,
-    *,
-    arch: Architecture,
-    compute: Compute,
-    truncate: Callable[[jax.Array], jax.Array],
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    new_tokens: int,
-) -> tuple[Slots, Tokens]:
-    """Up to CHUNK tokens more in each row that is not done; stops early when all are."""
-    w_DV = decoder.unembedding(params, arch)
-    stop_1N = jnp.array(stop_ids, jnp.int32)[None]
-
-    def step(carry):
-        t, slots, ids_BT, logp_BT = carry
-        x_BD, w = slots.x_BD, w_DV.astype(slots.x_BD.dtype)
-        logits_BV = jnp.einsum("BD,DV->BV", x_BD, w, preferred_element_type=jnp.float32)
-        ids_B, logp_B = sampling.draw(slots.key_B, slots.length_B, logits_BV, temperature, truncate)
-        ids_B = jnp.where(slots.done_B, pad_id, ids_B)
-        length_B = slots.length_B + ~slots.done_B
-        stopped_B = (ids_B[:, None] == stop_1N).any(1)
-        done_B = slots.done_B | stopped_B | (length_B == new_tokens)
-        positions_B1 = (slots.offset_B + slots.length_B)[:, None]
-        live_B1 = (~done_B)[:, None].astype(jnp.int32)
-        x_B1D, cache = decoder.forward(
-            params, arch, compute, ids_B[:, None], positions_B1, live_B1, slots.cache
-        )
-        slots = slots.replace(cache=cache, x_BD=x_B1D[:, 0], length_B=length_B, done_B=done_B)
-        ids_BT = lax.dynamic_update_slice(ids_BT, ids_B[:, None], (0, t))
-        return t + 1, slots, ids_BT, lax.dynamic_update_slice(logp_BT, logp_B[:, None], (0, t))
-
-    def unfinished(carry):
-        t, slots, _, _ = carry
-        return (t < CHUNK) & ~slots.done_B.all()
-
-    B = slots.done_B.shape[0]
-    ids_BT = jnp.full((B, CHUNK), pad_id, jnp.int32)
-    start = (jnp.int32(0), slots, ids_BT, jnp.zeros((B, CHUNK), jnp.float32))
-    _, slots, ids_BT, logp_BT = lax.while_loop(unfinished, step, start)
-    return slots, Tokens(ids_BT, logp_BT, slots.length_B, slots.done_B)
-
-
-# --- the engine
+    def metrics(self) -> dict[str, float]:
+        """rollout/*: shares of the rollout's time and slots that were idle, and counts."""
+        total_s = max(self.wait_s + self.host_s, 1e-9)
+        return {
+            "rollout/device_idle": self.host_s / total_s,
+            "rollout/host_idle": self.wait_s / total_s,
+            "rollout/slots_idle": 1 - self.live_slots / max(self.all_slots, 1),
+            "rollout/prompt_tokens": float(self.prompt_tokens),
+            "rollout/visits": float(self.visits),
+            "rollout/preemptions": float(self.preemptions),
+        }
 
 
 class Engine:
-    """Samples completions with parameters that lie where training put them.
+    """Samples completions with parameters that lie where training put them. With several processes
+    each calls the same methods with the same arguments, and each gets all completions.
 
-    Shapes are few: there are always as many rows as `cfg.batch_size` says (idle ones fill up), and
-    prompts have the lengths of `cfg.prompt_buckets`. When each bucket was met once with each number
-    of samples, nothing is compiled any more; the temperature is data.
+    Shapes are few: `cfg.batch_size` slots, pieces of prompts of the lengths of
+    `cfg.prompt_buckets`, pools of a few sizes. All of a bucket's programs are compiled when it is
+    first met with a number of samples; the temperature is data. `statistics` are of the newest
+    rollout.
     """
 
     def __init__(
@@ -174,29 +81,34 @@ class Engine:
         compute: Compute,
         mesh: Mesh,
         stop_ids: Sequence[int],
-        pad_id: int,
     ):
-        self._cfg, self._mesh, self._pad_id = cfg, mesh, pad_id
-        self._stop_ids = frozenset(stop_ids)
-        everywhere, rows = sharding.replicated(mesh), sharding.batch(mesh)
-        slots = slots_sharding(arch, mesh)
-        shape = {"arch": arch, "compute": compute, "new_tokens": cfg.max_completion_length}
-        self.prefill = jax.jit(
-            sharding.on(mesh, functools.partial(prefill, **shape)), out_shardings=slots
-        )
+        self.settings, self._arch, self._mesh = cfg, arch, mesh
+        self._stop_ids, self._dtype = frozenset(stop_ids), compute.dtype
+        self._parts = sharding.row_parts(mesh)
+        self._plans: dict[tuple[int, int], scheduler.Sizes] = {}
+        self.warm: set[scheduler.Sizes] = set()
+        self.statistics = Statistics()
+        everywhere, cache = sharding.replicated(mesh), decoding.cache_sharding(arch, mesh)
+        self.prepare = reshard.compile_reshard(arch, compute, mesh)
+        prefill = functools.partial(decoding.prefill, arch=arch, compute=compute)
+        self.prefill = jax.jit(sharding.on(mesh, prefill), donate_argnums=1, out_shardings=cache)
         chunk = functools.partial(
-            decode,
-            **shape,
+            decoding.decode,
+            arch=arch,
             truncate=sampling.truncation(cfg.top_k, cfg.top_p),
             stop_ids=tuple(stop_ids),
-            pad_id=pad_id,
         )
         self.decode = jax.jit(
             sharding.on(mesh, chunk),
             donate_argnums=1,
-            in_shardings=(None, slots, everywhere),
-            out_shardings=(slots, rows),
+            out_shardings=(cache, everywhere),
         )
+        self.empty = jax.jit(
+            functools.partial(caches.empty, arch, compute.dtype),
+            static_argnums=(0, 1),
+            out_shardings=cache.own,
+        )
+        self.grow = jax.jit(caches.grown, static_argnums=1, out_shardings=cache.own)
 
     def generate(
         self,
@@ -206,38 +118,145 @@ class Engine:
         seed: int,
         step: int,
         temperature: float | None = None,
+        limits_PG: np.ndarray | None = None,
     ) -> Iterator[Completion]:
         """`num_samples` completions of each prompt, as they finish; `cfg.temperature` by default.
 
+        `limits_PG` are the most tokens of each completion, `cfg.max_completion_length` by default.
         A problem that comes twice gets other samples the second time.
 
         Raises:
-          ValueError: a prompt is longer than the last bucket, or empty.
+          ValueError: a prompt is longer than the last bucket, or empty, or a limit is too high.
         """
         for prompt in prompts:
             self._check(prompt)
-        key = rng.key(seed, "rollout", step)
-        scale = np.float32(self._cfg.temperature if temperature is None else temperature)
-        first_samples = _first_samples(prompts, num_samples)
-        size = self.prompts_at_once(num_samples)
-        for start in range(0, len(prompts), size):
-            some = prompts[start : start + size]
-            firsts = first_samples[start : start + size]
-            slots = self._start(params, some, firsts, size, num_samples, key)
-            for row, ids, logps in self._rows(params, slots, scale, len(some) * num_samples):
-                group, sample = divmod(row, num_samples)
-                yield Completion(
-                    problem=some[group].problem,
-                    prompt_ids=some[group].ids,
-                    ids=ids,
-                    logps=logps,
-                    truncated=int(ids[-1]) not in self._stop_ids,
-                    group=start + group,
-                    sample=sample,
-                )
+        if not prompts:
+            return
+        longest = self.settings.max_completion_length
+        if limits_PG is None:
+            limits_PG = np.full((len(prompts), num_samples), longest)
+        if limits_PG.min() < 1 or limits_PG.max() > longest:
+            raise ValueError(
+                f"limits must be 1 to {longest}, rollout.max_completion_length, got "
+                f"{limits_PG.min()} to {limits_PG.max()}"
+            )
+        samples = _samples(prompts, limits_PG)
+        scale = np.float32(self.settings.temperature if temperature is None else temperature)
+        weights = self.prepare(params)  # before it is seen how much memory is free
+        sizes = self.sizes(max(len(prompt.ids) for prompt in prompts), num_samples)
+        run = _Run(
+            self, weights, scheduler.Scheduler(sizes, samples), rng.key(seed, "rollout", step)
+        )
+        self.statistics = run.statistics
+        for sample in run.completions(scale):
+            ids, logps = np.concatenate(sample.ids), np.concatenate(sample.logps)
+            yield Completion(
+                problem=prompts[sample.group.index].problem,
+                prompt_ids=prompts[sample.group.index].ids,
+                ids=ids,
+                logps=logps,
+                truncated=int(ids[-1]) not in self._stop_ids,
+                group=sample.group.index,
+                sample=sample.sample,
+            )
+
+    def sizes(self, prompt_length: int, num_samples: int) -> scheduler.Sizes:
+        """Slots and pages for prompts up to the bucket of `prompt_length`: as `plan` says of the
+        memory that was free when the bucket was first met with this number of samples."""
+        bucket = next(n for n in self.settings.prompt_buckets if n >= prompt_length)
+        if (bucket, num_samples) not in self._plans:  # what is free changes, the shapes must not
+            plan = self.plan(bucket, num_samples, memory.free_bytes(self._mesh))
+            self._plans[bucket, num_samples] = plan
+        return self._plans[bucket, num_samples]
+
+    def plan(self, bucket: int, num_samples: int, free_bytes: int) -> scheduler.Sizes:
+        """Slots and pages for prompts of a bucket on devices with so much memory left.
+
+        Pages are as many as the slots can ever use, or as many as fit into `cfg.memory_fraction` of
+        what is free. More prompts than twice those that fill the slots are never begun.
+
+        Raises:
+          ValueError: not even one completion fits.
+        """
+        most = self._most(bucket, num_samples)
+        affordable = int(free_bytes * self.settings.memory_fraction / self._page_bytes())
+        own_pages = min(most.own_pages, affordable - most.prompt_pages)
+        if own_pages < most.own_table:
+            raise ValueError(
+                f"{affordable} pages of {most.page_size} tokens fit into the free memory; "
+                f"{most.prompt_pages} are for prompts and one completion needs {most.own_table}: "
+                "lower rollout.batch_size, rollout.prompt_buckets or rollout.max_completion_length"
+            )
+        return dataclasses.replace(most, own_pages=self._rounded(own_pages))
+
+    def least_bytes(self, bucket: int, num_samples: int) -> int:
+        """Memory that has to be free for `plan` to find any."""
+        most = self._most(bucket, num_samples)
+        pages = most.prompt_pages + most.own_table
+        return math.ceil(pages * self._page_bytes() / self.settings.memory_fraction) + 1
+
+    def _most(self, bucket: int, num_samples: int) -> scheduler.Sizes:
+        """Slots, and the pages that they can ever use."""
+        cfg, page = self.settings, self.settings.page_size
+        slots = cfg.batch_size or cfg.prompts_per_step * cfg.num_generations
+        owners = min(num_samples, slots)
+        prompt_table = max(math.ceil((bucket - 1) / page), 1)
+        own_table = math.ceil(cfg.max_completion_length / page)
+        prompts = min(slots, 2 * math.ceil(slots / owners) + 1)
+        return scheduler.Sizes(
+            slots=slots,
+            owners=owners,
+            page_size=page,
+            prompt_pages=self._rounded(prompts * prompt_table),
+            own_pages=slots * own_table,
+            prompt_table=prompt_table,
+            own_table=own_table,
+        )
+
+    def levels(self, sizes: scheduler.Sizes) -> list[int]:
+        """Sizes of the pool of own pages, up to all of them."""
+        step = max(math.ceil(sizes.own_pages / LEVELS), MIN_PAGES)
+        levels = range(step, sizes.own_pages + step, step)
+        return [self._rounded(min(level, sizes.own_pages)) for level in levels]
+
+    def pieces(self) -> list[int]:
+        """Lengths in which prompts are computed, whole pages each: the buckets, and for longer
+        prompts than `prefill_tokens` what that holds."""
+        page = self.settings.page_size
+        longest = max(self.settings.prefill_tokens // page, 1) * page
+        buckets = self.settings.prompt_buckets
+        return sorted({min(math.ceil(bucket / page) * page, longest) for bucket in buckets})
+
+    def row_counts(self, length: int, slots: int) -> list[int]:
+        """Numbers of rows that prompts of a piece's length are computed in: 1, 4, 16 and so on."""
+        most = min(self.settings.prefill_tokens // length, slots)
+        return [4**i for i in range(16) if 4**i <= max(most, 1)]
+
+    def in_parts(self) -> bool:
+        """Whether there are prompts that are computed in several pieces."""
+        return max(self.settings.prompt_buckets) - 1 > self.pieces()[-1]
+
+    def place(self, values: Any) -> Any:
+        """Host arrays on the mesh, first axes split over data and fsdp where these divide them."""
+        return sharding.put(values, self.places(values))
+
+    def places(self, values: Any) -> Any:
+        """Where `place` puts (abstract) arrays."""
+        rows, everywhere = sharding.batch(self._mesh), sharding.replicated(self._mesh)
+        return jax.tree.map(lambda x: everywhere if x.shape[0] % self._parts else rows, values)
+
+    def _page_bytes(self) -> float:
+        """Of one page in all layers, of which each device has its part."""
+        arch, size = self._arch, self.settings.page_size
+        one_each = jax.eval_shape(lambda: caches.empty(arch, self._dtype, self._parts, size))
+        places = decoding.cache_sharding(arch, self._mesh).own
+        return sharding.device_bytes(one_each, places) / self._parts
+
+    def _rounded(self, pages: int) -> int:
+        return math.ceil(pages / self._parts) * self._parts
 
     def _check(self, prompt: Prompt) -> None:
-        longest = self._cfg.prompt_buckets[-1]
+        longest = self.settings.prompt_buckets[-1]
         if not 0 < len(prompt.ids) <= longest:
             raise ValueError(
                 f"the prompt of problem {prompt.problem.id!r} has {len(prompt.ids)} tokens, wanted "
@@ -245,89 +264,178 @@ class Engine:
                 "the problem"
             )
 
-    def prompts_at_once(self, num_samples: int) -> int:
-        """As many as fill the batch, rounded up to what the mesh can split."""
-        rows = self._cfg.batch_size or self._cfg.prompts_per_step * self._cfg.num_generations
-        parts = sharding.row_parts(self._mesh)
-        multiple = parts // math.gcd(parts, num_samples)
-        return math.ceil(max(rows // num_samples, 1) / multiple) * multiple
 
-    def _start(
-        self,
-        params: Any,
-        prompts: Sequence[Prompt],
-        first_samples: Sequence[int],
-        size: int,
-        num_samples: int,
-        key: jax.Array,
-    ) -> Slots:
-        """Prefilled slots, the rows of a prompt side by side; idle ones fill up `size` prompts."""
-        longest = max(len(prompt.ids) for prompt in prompts)
-        length = next(bucket for bucket in self._cfg.prompt_buckets if bucket >= longest)
-        ids_PT = np.full((size, length), self._pad_id, np.int32)
-        mask_PT = np.zeros((size, length), bool)
-        names_PG = np.zeros((size, num_samples), np.uint32)
-        samples_PG = np.zeros((size, num_samples), np.uint32)
-        for i, (prompt, first) in enumerate(zip(prompts, first_samples, strict=True)):
-            ids_PT[i, length - len(prompt.ids) :] = prompt.ids
-            mask_PT[i, length - len(prompt.ids) :] = True
-            names_PG[i] = zlib.crc32(prompt.problem.id.encode())
-            samples_PG[i] = first + np.arange(num_samples)
-        rows = sharding.batch(self._mesh)
-        # Too few prompts to split: every device prefills them all.
-        splits = size % sharding.row_parts(self._mesh) == 0
-        ids, mask = jax.device_put(
-            (ids_PT, mask_PT), rows if splits else sharding.replicated(self._mesh)
+class _Run:
+    """One rollout: weights and cache on the device, slots and pages on the host."""
+
+    def __init__(self, engine: Engine, weights: Any, plan: scheduler.Scheduler, key: jax.Array):
+        self._engine, self._plan, self._key = engine, plan, key
+        self.statistics = Statistics()
+        self._weights = weights
+        self._levels, self._pieces = engine.levels(plan.sizes), engine.pieces()
+        self._cache = self._empty(self._levels[0])
+        if plan.sizes not in engine.warm:
+            self._compile()
+            engine.warm.add(plan.sizes)
+
+    def completions(self, temperature: np.float32) -> Iterator[scheduler.Sample]:
+        """Samples in the order in which they end."""
+        plan = self._plan
+        ended: list[scheduler.Sample] = []
+        clock = time.perf_counter()
+        while plan.unfinished:
+            plan.admit()
+            self._prefill()
+            plan.reserve(decoding.CHUNK)
+            running, tokens = plan.running, None
+            if running:
+                tokens = self._decode(temperature, self._leave(len(running)))
+            self.statistics.visits += 1
+            yield from ended  # the device is at work meanwhile
+            begin = time.perf_counter()
+            ended = [] if tokens is None else self._collect(running, jax.device_get(tokens))
+            self.statistics.host_s += begin - clock
+            clock = time.perf_counter()
+            self.statistics.wait_s += clock - begin
+        self.statistics.preemptions = plan.preemptions
+        yield from ended
+
+    def _leave(self, running: int) -> int:
+        """Slots that may still be live when the device stops: fewer, if others wait for theirs."""
+        if not self._plan.queue:
+            return 0
+        return max(running - max(self._plan.sizes.slots // LEAVE, 1), 0)
+
+    def _decode(self, temperature: np.float32, leave: int) -> decoding.Tokens:
+        pages = next(n for n in self._levels if n >= self._plan.highest_own_page())
+        if pages > self._cache.own.pages:
+            own = self._engine.grow(self._cache.own, pages)
+            self._cache = caches.Cache(self._cache.prompt, own)
+        return self._dispatch(self._batch(), temperature, leave)
+
+    def _dispatch(
+        self, batch: decoding.Batch, temperature: np.float32, leave: int
+    ) -> decoding.Tokens:
+        self._cache, tokens = self._engine.decode(
+            self._weights, self._cache, batch, self._key, temperature, np.int32(leave)
         )
-        names, samples = jax.device_put((names_PG.reshape(-1), samples_PG.reshape(-1)), rows)
-        return self.prefill(params, ids, mask, key, names, samples)
+        return tokens
 
-    def _rows(
-        self, params: Any, slots: Slots, temperature: np.float32, rows: int
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(row, ids, logps) of the first `rows` rows, each when the chunk is there that ends it."""
-        shape_BT = rows, math.ceil(self._cfg.max_completion_length / CHUNK) * CHUNK
-        ids_BT, logp_BT = np.zeros(shape_BT, np.int32), np.zeros(shape_BT, np.float32)
-        done_B = np.zeros(rows, bool)
-        for i, tokens in enumerate(self._chunks(params, slots, temperature)):
-            columns = slice(i * CHUNK, (i + 1) * CHUNK)
-            ids_BT[:, columns], logp_BT[:, columns] = tokens.ids_BT[:rows], tokens.logp_BT[:rows]
-            finished_B = tokens.done_B[:rows] & ~done_B
-            done_B |= finished_B
-            for row in np.flatnonzero(finished_B):
-                length = tokens.length_B[row]
-                yield int(row), ids_BT[row, :length].copy(), logp_BT[row, :length].copy()
+    def _batch(self) -> decoding.Batch:
+        """What the slots do next; idle ones, and those whose prompt is not there yet, nothing."""
+        plan = self._plan
+        batch = blank_batch(plan.sizes, self._cache.own.pages, plan.slots)
+        for s in plan.running:
+            batch.ids_B[s.slot], batch.prompt_B[s.slot] = s.last_id, s.group.cached
+            batch.own_B[s.slot], batch.limit_B[s.slot] = s.drawn, s.limit
+            batch.problem_B[s.slot], batch.sample_B[s.slot] = s.group.name, s.number
+            batch.live_B[s.slot] = True
+        return self._engine.place(batch)
 
-    def _chunks(self, params: Any, slots: Slots, temperature: np.float32) -> Iterator[Tokens]:
-        """Chunks, on the host, until all rows are done; the device works on the next meanwhile."""
-        previous = None
-        for _ in range(math.ceil(self._cfg.max_completion_length / CHUNK)):
-            slots, tokens = self.decode(params, slots, temperature)
-            if previous is not None:
-                fetched = jax.device_get(previous)
-                yield fetched
-                if fetched.done_B.all():
-                    return  # the chunk that is under way ends at once: it finds no row to write
-            previous = tokens
-        yield jax.device_get(previous)
+    def _collect(
+        self, running: Sequence[scheduler.Sample], tokens: decoding.Tokens
+    ) -> list[scheduler.Sample]:
+        """Notes what was drawn; frees the slots of the samples that have ended, and returns these.
+
+        Copies: the rest of a chunk's arrays need not live as long as its completions.
+        """
+        ended = []
+        for sample in running:
+            slot = sample.slot
+            count = int(tokens.drawn_B[slot])
+            ids_T, logp_T = tokens.ids_BT[slot, :count], tokens.logp_BT[slot, :count]
+            self._plan.add(sample, ids_T.copy(), logp_T.copy())
+            if tokens.done_B[slot]:
+                self._plan.finish(sample)
+                ended.append(sample)
+        self.statistics.live_slots += int(tokens.drawn_B.sum())
+        self.statistics.all_slots += int(tokens.steps) * self._plan.sizes.slots
+        return ended
+
+    def _prefill(self) -> None:
+        """Prompts into the cache, in order, up to `prefill_tokens` tokens of them and one piece."""
+        left, chosen = self._engine.settings.prefill_tokens, []
+        for group in self._plan.unfilled():
+            if left <= 0:
+                break
+            count = min(group.cached - group.filled, self._pieces[-1])
+            length = next(n for n in self._pieces if n >= count)
+            chosen.append((length, group.filled > 0, group, count))
+            left -= length
+        for length, behind in sorted({(length, behind) for length, behind, *_ in chosen}):
+            same = [(g, count) for n, b, g, count in chosen if (n, b) == (length, behind)]
+            while same:
+                counts = self._engine.row_counts(length, self._plan.sizes.slots)
+                rows = max(n for n in counts if n <= len(same))
+                self._prefill_rows(same[:rows], rows, length, behind)
+                same = same[rows:]
+
+    def _prefill_rows(
+        self, groups: Sequence[tuple[scheduler.Group, int]], rows: int, length: int, behind: bool
+    ) -> None:
+        page = self._plan.sizes.page_size
+        prompts = blank_prompts(self._plan.sizes, rows, length, behind)
+        for row, (group, count) in enumerate(groups):
+            first = group.filled // page
+            pages = group.pages[first : first + length // page]
+            prompts.ids_RT[row, :count] = group.ids[group.filled : group.filled + count]
+            prompts.count_R[row], prompts.before_R[row] = count, group.filled
+            prompts.page_RM[row, : len(pages)] = pages
+            if behind:
+                prompts.earlier_RM[row, : len(group.pages)] = group.pages
+            group.filled += count
+            self.statistics.prompt_tokens += count
+        prompts = self._engine.place(prompts)
+        self._cache = self._engine.prefill(self._weights, self._cache, prompts)
+
+    def _empty(self, own_pages: int) -> caches.Cache:
+        sizes = self._plan.sizes
+        pools = (self._engine.empty(n, sizes.page_size) for n in (sizes.prompt_pages, own_pages))
+        return caches.Cache(*pools)
+
+    def _compile(self) -> None:
+        """Runs every program of this rollout's shapes on nothing: none is compiled later."""
+        for length in self._pieces:
+            for rows in self._engine.row_counts(length, self._plan.sizes.slots):
+                self._prefill_rows((), rows, length, behind=False)
+                if self._engine.in_parts():
+                    self._prefill_rows((), rows, length, behind=True)
+        for pages in self._levels:
+            if pages > self._cache.own.pages:
+                own = self._engine.grow(self._cache.own, pages)
+                self._cache = caches.Cache(self._cache.prompt, own)
+            self._dispatch(self._batch(), np.float32(1), 0)
+        self._cache = self._empty(self._levels[0])
 
 
-def _first_samples(prompts: Sequence[Prompt], num_samples: int) -> list[int]:
-    """Where each prompt's sample numbers begin: after those of the same problem before it."""
-    seen: collections.Counter[str] = collections.Counter()
-    firsts = []
-    for prompt in prompts:
-        firsts.append(seen[prompt.problem.id] * num_samples)
-        seen[prompt.problem.id] += 1
-    return firsts
+def blank_batch(
+    sizes: scheduler.Sizes, own_pages: int, slots: Sequence[scheduler.Sample | None] = ()
+) -> decoding.Batch:
+    """Slots that do nothing, and the pages of those that hold samples; host arrays."""
+    kinds = {"live_B": bool, "problem_B": np.uint32, "sample_B": np.uint32}
+    kinds |= dict.fromkeys(("ids_B", "prompt_B", "own_B", "limit_B"), np.int32)
+    rows = {name: np.zeros(sizes.slots, kind) for name, kind in kinds.items()}
+    return decoding.Batch(**rows, **scheduler.tables(sizes, slots, own_pages))
 
 
-def slots_sharding(arch: Architecture, mesh: Mesh) -> Slots:
-    """Rows over data and fsdp, key/value heads over tensor where it divides them."""
-    rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
-    heads = "tensor" if arch.kv_heads % mesh.shape["tensor"] == 0 else None
-    kv = NamedSharding(mesh, Spec(None, *rows.spec, None, heads, None))
-    cache = caches.Cache(
-        k_LBSKH=kv, v_LBSKH=kv, positions_BS=rows, segments_BS=rows, index=everywhere
+def blank_prompts(sizes: scheduler.Sizes, rows: int, length: int, behind: bool) -> decoding.Prompts:
+    """Rows without a prompt, host arrays; `behind` makes room for the pages of earlier pieces."""
+    return decoding.Prompts(
+        ids_RT=np.zeros((rows, length), np.int32),
+        count_R=np.zeros(rows, np.int32),
+        before_R=np.zeros(rows, np.int32),
+        page_RM=np.full((rows, length // sizes.page_size), sizes.prompt_pages, np.int32),
+        earlier_RM=np.zeros((rows, sizes.prompt_table if behind else 0), np.int32),
     )
-    return Slots(cache=cache, x_BD=rows, key_B=rows, offset_B=rows, length_B=rows, done_B=rows)
+
+
+def _samples(prompts: Sequence[Prompt], limits_PG: np.ndarray) -> Iterator[scheduler.Sample]:
+    """All samples in order. Those of a problem that comes again are numbered on."""
+    seen: dict[str, int] = {}
+    for index, (prompt, limits_G) in enumerate(zip(prompts, limits_PG.tolist(), strict=True)):
+        first = seen.get(prompt.problem.id, 0)
+        seen[prompt.problem.id] = first + len(limits_G)
+        name = zlib.crc32(prompt.problem.id.encode())
+        group = scheduler.Group(prompt.ids, name, index, len(limits_G))
+        for sample, limit in enumerate(limits_G):
+            yield scheduler.Sample(group, sample, first + sample, limit)

@@ -90,11 +90,18 @@ def training(arch: Architecture, compute: Compute, rows: int, length: int, logit
     return Work(3 * once, 3 * once + again)
 
 
-def decoding(arch: Architecture, rows: int, tokens: int, context: float, columns: int) -> Work:
-    """`tokens` more in each row, which attend to `context` tokens in the mean, and in fact to all
-    `columns` of the cache."""
+def prefill(arch: Architecture, rows: int, piece: int, prompt: int) -> Work:
+    """The mean of the pieces, `piece` tokens of each row, that make up prompts of `prompt`."""
+    before = attention(arch, rows * piece * max(prompt - piece, 0) / 2)
+    flops = forward(arch, rows, piece, logits=False).model + before
+    return Work(flops, flops)
+
+
+def decoding(arch: Architecture, rows: int, tokens: int, context: float, pairs: int) -> Work:
+    """`tokens` more in each row, which attend to `context` tokens in the mean. In fact there are
+    computed, for each of them, all `pairs` of a query and a key that the cache has room for."""
     dense = layers(arch, rows * tokens) + unembedding(arch, rows * tokens)
     return Work(
         dense + attention(arch, rows * tokens * context),
-        dense + attention(arch, float(rows) * tokens * columns),
+        dense + attention(arch, float(tokens) * pairs),
     )

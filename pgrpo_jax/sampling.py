@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pgrpo_jax.models import logprobs
-
 
 def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
     """Logits, -inf but for the `k` largest of each row and what equals the smallest of these."""
@@ -60,38 +58,47 @@ def _descend(target_B: jax.Array, weights_BN: jax.Array) -> tuple[jax.Array, jax
     return chosen_B, target_B - before_B
 
 
+def shares(key_B: jax.Array, index_B: jax.Array) -> jax.Array:
+    """u_B in [0, 1): what `draw` needs for the token at each row's place `index_B`."""
+    return jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(
+        key_B, index_B
+    )
+
+
 def draw(
-    key_B: jax.Array,
-    index_B: jax.Array,
+    u_B: jax.Array,
     logits_BV: jax.Array,
     temperature: jax.Array,
-    truncate: Callable[[jax.Array], jax.Array],
+    truncate: Callable[[jax.Array], jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """ids_B drawn from softmax(truncate(logits / temperature)), and their log-probabilities.
 
-    These are float32 and of the distribution before `truncate`. `key_B` belongs to the row,
-    `index_B` is the token's place in its completion. At temperature 0 the token is the likeliest
-    (the first of equals) and its log-probability that of temperature 1.
+    These are float32 and of the distribution before `truncate`. `u_B` are the rows' `shares`. At
+    temperature 0 the token is the likeliest (the first of equals) and its log-probability that of
+    temperature 1.
     """
     greedy = temperature == 0
     logits_BV = logits_BV / jnp.where(greedy, 1, temperature)
     top_B1 = logits_BV.max(-1, keepdims=True)
     n_BV = lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
     first_B = jnp.min(jnp.where(logits_BV == top_B1, n_BV, logits_BV.shape[1] - 1), axis=-1)
-    u_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(
-        key_B, index_B
-    )
-    drawn_B = pick(u_B, jnp.exp(truncate(logits_BV) - top_B1))
-    ids_B = jnp.where(greedy, first_B, drawn_B)
-    logp_B1, _ = logprobs.of_logits(logits_BV[:, None], ids_B[:, None])
-    return ids_B, logp_B1[:, 0]
+    # One pass of exponentials serves the draw and the normaliser.
+    weights_BV = jnp.exp(logits_BV - top_B1)
+    kept_BV = weights_BV
+    if truncate is not None:
+        kept_BV = jnp.where(jnp.isfinite(truncate(logits_BV)), weights_BV, 0)
+    ids_B = jnp.where(greedy, first_B, pick(u_B, kept_BV))
+    chosen_B = jnp.take_along_axis(logits_BV - top_B1, ids_B[:, None], axis=1)[:, 0]
+    return ids_B, chosen_B - jnp.log(weights_BV.sum(-1))
 
 
-def truncation(top_k: int, top_p: float) -> Callable[[jax.Array], jax.Array]:
-    """Top-k and then top-p, each only where it is on: off, they cost nothing."""
+def truncation(top_k: int, top_p: float) -> Callable[[jax.Array], jax.Array] | None:
+    """Top-k and then top-p, each only where it is on; None where both are off."""
     kept = []
     if top_k:
         kept.append(functools.partial(keep_top_k, k=top_k))
     if top_p < 1:
         kept.append(functools.partial(keep_top_p, p=top_p))
+    if not kept:
+        return None
     return lambda logits_BV: functools.reduce(lambda y, keep: keep(y), kept, logits_BV)

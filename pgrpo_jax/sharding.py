@@ -3,7 +3,7 @@ of activations.
 
 Axes of the mesh: `data` splits the batch, `fsdp` the batch and the parameters, `tensor` heads, mlp
 width and vocabulary. Optimizer moments lie as their parameters do. The rollout has a layout of its
-own: parameters in `rollout_shardings`, rows and key/value heads in `rollout.slots_sharding`.
+own: weights in `models.decode.shardings`, pages of the cache in `decoding.cache_sharding`.
 """
 
 import functools
@@ -46,6 +46,8 @@ REPLICABLE = r"(trunk/)?(embedding|unembedding|layers/attention/(key|value)/(ker
 # whole on every device.
 ACTIVATIONS: dict[str, str | tuple[str, ...]] = {
     "B": ROWS,
+    "R": ROWS,
+    "X": ROWS,
     "N": "tensor",
     "K": "tensor",
     "F": "tensor",
@@ -112,33 +114,17 @@ def state_shardings(
     )
 
 
-def rollout_shardings(tree: Any, mesh: Mesh) -> Any:
-    """The same for a policy that decodes: split over `tensor` alone.
-
-    A step of decoding does little work on each parameter: to gather them from the fsdp axis for
-    every token would take many times as long as the work.
-    """
-
-    def gathered(place: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in place.spec)))
-
-    return jax.tree.map(gathered, shardings(tree, mesh))
-
-
 def on_host(places: Any) -> Any:
     """The same shardings in the memory of the devices' hosts."""
     return jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), places)
 
 
-def received_bytes(tree: Any, source: Any, target: Any) -> int:
-    """Bytes that a device receives when (abstract) arrays go from one sharding to another in which
-    it holds what it held and more."""
-
-    def one(leaf, old: NamedSharding, new: NamedSharding) -> int:
-        more = math.prod(new.shard_shape(leaf.shape)) - math.prod(old.shard_shape(leaf.shape))
-        return more * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(one, tree, source, target)))
+def device_bytes(tree: Any, places: Any) -> int:
+    """Bytes that each device holds of (abstract) arrays that lie so."""
+    sizes = jax.tree.map(
+        lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize, tree, places
+    )
+    return sum(jax.tree.leaves(sizes))
 
 
 def on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,6 +201,18 @@ def row_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in ROWS)
 
 
+def put(tree: Any, places: Any) -> Any:
+    """Host arrays, of which every process has the same, on the devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def one(x: np.ndarray, place: NamedSharding) -> jax.Array:
+        # device_put would first send them all around, to compare them.
+        return jax.make_array_from_callback(np.shape(x), place, np.asarray(x).__getitem__)
+
+    return jax.tree.map(one, tree, places)
+
+
 def put_rows(mesh: Mesh, tree: Any) -> Any:
     """The batch whose rows are those that each process holds, process after process."""
     place = batch(mesh)
@@ -229,6 +227,11 @@ def local_rows(tree: Any) -> Any:
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
     return jax.tree.map(one, tree)
+
+
+def micro_batches(mesh: Mesh) -> NamedSharding:
+    """Rows behind an axis of micro-batches, which are computed one after the other."""
+    return NamedSharding(mesh, P(None, ROWS))
 
 
 def check_rows(mesh: Mesh, **rows: int) -> None:

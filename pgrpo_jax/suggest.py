@@ -66,7 +66,8 @@ def _reports(cfg: Config, name: str) -> Iterator[footprint.Report]:
     """Of all programs, the one that needs most first."""
     devices, chip = topology.devices(name), topology.chip(name)
     mesh = sharding.make_mesh(cfg.mesh, devices)
-    found = sorted(programs.programs(cfg, mesh), key=lambda program: program.name != "update")
+    found = programs.programs(cfg, mesh, chip.hbm_bytes)
+    found = sorted(found, key=lambda program: program.name != "update")
     return (footprint.measure(program, chip, len(devices)) for program in found)
 
 
@@ -119,7 +120,7 @@ def seconds(cfg: Config, arch: Architecture, chip: topology.Chip, chips: int) ->
     length = cfg.rollout.prompt_buckets[-1] + cfg.rollout.max_completion_length
     compute: Compute = cfg.policy.compute
     work = roofline.training(arch, compute, rows, length, logits=True)
-    steps = rows / (cfg.update.micro_batch_size or rows)
+    steps = rows / cfg.update.micro_batch_size
     layers = roofline.layers(arch, 1) / 2  # weights of the layers
     width, split = 2.0 if compute.dtype == "bfloat16" else 4.0, cfg.mesh.tensor
     passes = 3 if compute.remat == "full" else 2
@@ -142,7 +143,7 @@ def _asks_more(candidate: Candidate, misfit: Candidate) -> bool:
 
 
 def _more_slots(cfg: Config, name: str) -> Config:
-    """The most completions decoded together that fit, by doubling."""
+    """The most completions decoded together that all find their pages, by doubling."""
     every = cfg.rollout.prompts_per_step * cfg.rollout.num_generations
     best = dataclasses.replace(
         cfg, rollout=dataclasses.replace(cfg.rollout, batch_size=cfg.rollout.batch_size or every)
@@ -154,8 +155,12 @@ def _more_slots(cfg: Config, name: str) -> Config:
         )
         devices, chip = topology.devices(name), topology.chip(name)
         mesh = sharding.make_mesh(more.mesh, devices)
-        rollout = [p for p in programs.programs(more, mesh) if p.name in ("prefill", "decode")]
-        if not all(footprint.measure(p, chip, len(devices)).fits for p in rollout):
+        sizes = programs.rollout_sizes(more, *programs.architectures(more), mesh, chip.hbm_bytes)
+        found = programs.programs(more, mesh, chip.hbm_bytes)
+        rollout = (p for p in found if p.name in ("prefill", "decode"))
+        if sizes.own_pages < sizes.slots * sizes.own_table or not all(
+            footprint.measure(p, chip, len(devices)).fits for p in rollout
+        ):
             break
         best = more
     return best

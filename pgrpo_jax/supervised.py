@@ -26,7 +26,7 @@ def compile_sft(
     learning_rate = optimizer.schedule(cfg.sft.optimizer, cfg.sft.steps)
 
     def loss(params, batch: data.SFTBatch):
-        x_BTD, _ = decoder.forward(
+        x_BTD = decoder.forward(
             params, arch, compute, batch.ids_BT, batch.positions_BT, batch.segments_BT
         )
         logp_BT, entropy_BT = logprobs.token_logprobs(
@@ -35,7 +35,7 @@ def compile_sft(
             batch.ids_BT,
             batch.loss_BT,
             1.0,
-            compute.logprob_chunk,
+            logprobs.chunk_tokens(compute.logprob_mb, arch.vocab_size),
         )
         return -masked.mean(logp_BT, batch.loss_BT), masked.mean(entropy_BT, batch.loss_BT)
 

@@ -1,46 +1,99 @@
 """The P-GRPO step: from token rows and rewards to the next state, one jitted program."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import lax
 
-from pgrpo_jax import algo, config, masked, optimizer, sharding
+from pgrpo_jax import algo, config, masked, optimizer, sharding, types
 from pgrpo_jax.models import decoder, logprobs
 
 Metrics = dict[str, jax.Array]
 
 
-class UpdateBatch(struct.PyTreeNode):
-    """P x G completions, the G of a prompt in consecutive rows, one completion a row.
+class Rows(struct.PyTreeNode):
+    """Packed rows of tokens: [A, R, T], A micro-batches of R rows, or one of these, [R, T].
 
-    ids_BT, positions_BT, segments_BT (int32) are the decoder's: prompt and completion.
-    completion_BT (bool) keeps the completion's tokens, the stop token among them.
-    old_logp_BT (float32) is what the sampler saw, at each completion token's own position.
-    r_format_B, r_outcome_B (0 or 1) and r_thinking_B (0 to 1) are the three terms; R_t of a failing
-    completion is read only by gates that say so. r_extra_B is the sum of the user's own reward
-    functions, 0 without any; NaN (none had an opinion) adds nothing.
-    valid_B (bool) is False for what nobody could judge: out of the statistics and of the loss.
-    truncated_B (bool) marks completions cut by the length limit.
-    ref_logp_BT is `compile_reference`'s, needed by kl="k3" only.
+    ids, positions, segments (int32) are the decoder's: a segment is a prompt and its completion.
+    completion (bool) keeps the completions' tokens, their stop tokens among them. owner (int32)
+    is the completion that a token belongs to; that of padding is any. old_logp (float32) is what
+    the sampler saw, at each completion token's own position.
     """
 
-    ids_BT: jax.Array
-    positions_BT: jax.Array
-    segments_BT: jax.Array
-    completion_BT: jax.Array
-    old_logp_BT: jax.Array
+    ids: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    completion: jax.Array
+    owner: jax.Array
+    old_logp: jax.Array
+
+
+class UpdateBatch(struct.PyTreeNode):
+    """P x G completions, the G of a prompt in consecutive entries of what ends in `_B`.
+
+    Their tokens lie packed in `rows` [A, R, T], of which the first `micro_batches` (int32) hold
+    any. r_format_B, r_outcome_B (0 or 1) and r_thinking_B (0 to 1) are the three terms; R_t of a
+    failing completion is read only by gates that say so. r_extra_B is the sum of the user's own
+    reward functions, 0 without any; NaN (none had an opinion) adds nothing.
+    valid_B (bool) is False for what nobody could judge: out of the statistics and of the loss.
+    truncated_B (bool) marks completions cut by the length limit.
+    ref_logp_ART is `compile_reference`'s, needed by kl="k3" only.
+    """
+
+    rows: Rows
+    micro_batches: jax.Array
     r_format_B: jax.Array
     r_outcome_B: jax.Array
     r_thinking_B: jax.Array
     r_extra_B: jax.Array
     valid_B: jax.Array
     truncated_B: jax.Array
-    ref_logp_BT: jax.Array | None = None
+    ref_logp_ART: jax.Array | None = None
+
+
+class Terms(struct.PyTreeNode):
+    """What the loss reads beside the tokens, [A, R, T] or [R, T]: mask (bool) of the tokens in the
+    loss, their advantage, their weight, and the reference's log-probability, if any."""
+
+    mask: jax.Array
+    advantage: jax.Array
+    weight: jax.Array
+    ref_logp: jax.Array | None
+
+
+def packed(
+    completions: Sequence[types.Completion],
+    batches: Sequence[Sequence[Sequence[int]]],
+    R: int,
+    T: int,
+) -> tuple[Rows, np.int32]:
+    """The completions with their prompts as `packing.pack` has put them, for rows of `T` tokens and
+    `R` rows at once; and how many micro-batches hold any. There is room for a row a completion."""
+    shape_ART = math.ceil(len(completions) / R), R, T
+    kinds = {"completion": bool, "old_logp": np.float32}
+    rows = Rows(
+        **{name: np.zeros(shape_ART, kinds.get(name, np.int32)) for name in Rows.__annotations__}
+    )
+    for a, batch in enumerate(batches):
+        for r, row in enumerate(batch):
+            begin = 0
+            for segment, i in enumerate(row, start=1):
+                c = completions[i]
+                middle = begin + len(c.prompt_ids)
+                end = middle + len(c.ids)
+                whole, own = (a, r, slice(begin, end)), (a, r, slice(middle, end))
+                rows.ids[whole] = np.concatenate([c.prompt_ids, c.ids])
+                rows.positions[whole] = np.arange(end - begin)
+                rows.segments[whole], rows.owner[whole] = segment, i
+                rows.completion[own], rows.old_logp[own] = True, c.logps
+                begin = end
+    return rows, np.int32(len(batches))
 
 
 class Groups(struct.PyTreeNode):
@@ -72,22 +125,21 @@ def compile_update(
         groups = fold_rewards(cfg, batch)
         advantage_PG = advantages(cfg.update, groups)
         advantage_B = advantage_PG.reshape(-1)
-        mask_BT = loss_mask(cfg.update, batch)
-        weights_BT = token_weights(cfg, mask_BT, batch.valid_B)
-        rows = (batch, advantage_B, mask_BT, weights_BT)
-        value, (logp_BT, entropy_BT), grads = accumulate(
-            lambda params, rows: policy_loss(cfg, arch, params, *rows),
+        terms = loss_terms(cfg, batch, advantage_B)
+        value, (logp_ART, entropy_ART), grads = accumulate(
+            lambda params, rows, terms: policy_loss(cfg, arch, params, rows, terms),
             state.params,
-            rows,
-            cfg.update.micro_batch_size,
+            (batch.rows, terms),
+            batch.micro_batches,
         )
         metrics = {
             "loss": value,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.step),
-            "entropy": masked.mean(entropy_BT, mask_BT),
+            "entropy": masked.mean(entropy_ART, terms.mask),
+            "update/padding": padding(batch),
             **group_metrics(groups, advantage_PG),
-            **token_metrics(cfg.update, batch, logp_BT, advantage_B, mask_BT),
+            **token_metrics(cfg.update, batch.rows, terms, logp_ART),
         }
         return optimizer.apply(state, grads, tx), metrics, advantage_B
 
@@ -99,27 +151,42 @@ def compile_update(
     return jax.jit(
         sharding.on(mesh, update),
         donate_argnums=0,
-        in_shardings=(places, sharding.batch(mesh)),
-        out_shardings=(places, everywhere, sharding.batch(mesh)),
+        in_shardings=(places, batch_sharding(mesh, reference=cfg.update.kl != "none")),
+        out_shardings=(places, everywhere, everywhere),
     )
 
 
 def compile_reference(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
 ) -> Callable[[Any, UpdateBatch], jax.Array]:
-    """The jitted (params, batch) -> ref_logp_BT, a frozen policy's word on the completions."""
+    """The jitted (params, batch) -> ref_logp_ART, a frozen policy's word on the completions."""
     shapes = jax.eval_shape(
         lambda key: decoder.init(arch, cfg.policy.compute, key), jax.random.key(0)
     )
 
     def reference(params: Any, batch: UpdateBatch) -> jax.Array:
-        return completion_logprobs(cfg, arch, params, batch, batch.completion_BT)[0]
+        def one(i, logp_ART):
+            rows = jax.tree.map(lambda x: x[i], batch.rows)
+            logp_RT, _ = completion_logprobs(cfg, arch, params, rows, rows.completion)
+            return logp_ART.at[i].set(logp_RT)
+
+        empty_ART = jnp.zeros(batch.rows.ids.shape, jnp.float32)
+        return lax.fori_loop(0, batch.micro_batches, one, empty_ART)
 
     return jax.jit(
         sharding.on(mesh, reference),
-        in_shardings=(sharding.shardings(shapes, mesh), sharding.batch(mesh)),
-        out_shardings=sharding.batch(mesh),
+        in_shardings=(sharding.shardings(shapes, mesh), batch_sharding(mesh)),
+        out_shardings=sharding.micro_batches(mesh),
     )
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, reference: bool = False) -> UpdateBatch:
+    """Rows of a micro-batch over data and fsdp; what is one number a completion, everywhere. With
+    `reference` for a batch with its log-probabilities."""
+    rows, everywhere = sharding.micro_batches(mesh), sharding.replicated(mesh)
+    numbers = {name: everywhere for name in UpdateBatch.__dataclass_fields__ if name[-2:] == "_B"}
+    packed = Rows(**dict.fromkeys(Rows.__dataclass_fields__, rows))
+    return UpdateBatch(packed, everywhere, **numbers, ref_logp_ART=rows if reference else None)
 
 
 def fold_rewards(cfg: config.Config, batch: UpdateBatch) -> Groups:
@@ -159,108 +226,99 @@ def advantages(settings: config.UpdateConfig, groups: Groups) -> jax.Array:
     }[settings.advantage]()
 
 
-def loss_mask(settings: config.UpdateConfig, batch: UpdateBatch) -> jax.Array:
-    """mask_BT: the tokens in the loss. Truncated rows stay in the group statistics, as in TRL."""
-    kept_B = batch.valid_B
-    if settings.mask_truncated_completions:
+def loss_terms(cfg: config.Config, batch: UpdateBatch, advantage_B: jax.Array) -> Terms:
+    """What each token of the batch takes part in the loss with.
+
+    Truncated completions stay in the group statistics, as in TRL, and as in TRL a valid completion
+    counts also when its tokens are masked.
+    """
+    rows, valid_B = batch.rows, batch.valid_B
+    kept_B = valid_B
+    if cfg.update.mask_truncated_completions:
         kept_B = kept_B & ~batch.truncated_B
-    return batch.completion_BT & kept_B[:, None]
-
-
-def token_weights(cfg: config.Config, mask_BT: jax.Array, valid_B: jax.Array) -> jax.Array:
-    """weights_BT of the loss. As in TRL a valid row counts, also when its tokens are masked."""
-    rows, length = masked.count(valid_B), cfg.rollout.max_completion_length
-    return {
-        "token": lambda: algo.token_weights(mask_BT),
-        "sequence": lambda: algo.sequence_weights(mask_BT, rows),
-        "constant": lambda: algo.constant_weights(mask_BT, rows, length=length),
+    mask_ART = rows.completion & kept_B[rows.owner]
+    owner_E, mask_E = rows.owner.reshape(-1), mask_ART.reshape(-1)
+    length_B = jnp.zeros_like(advantage_B).at[owner_E].add(mask_E)
+    sequences = masked.count(valid_B)
+    weights_ART = {
+        "token": lambda: algo.token_weights(mask_ART),
+        "sequence": lambda: algo.sequence_weights(mask_ART, length_B[rows.owner], sequences),
+        "constant": lambda: algo.constant_weights(
+            mask_ART, sequences, length=cfg.rollout.max_completion_length
+        ),
     }[cfg.update.loss_type]()
+    return Terms(mask_ART, advantage_B[rows.owner], weights_ART, batch.ref_logp_ART)
 
 
 def completion_logprobs(
-    cfg: config.Config,
-    arch: config.Architecture,
-    params: Any,
-    batch: UpdateBatch,
-    mask_BT: jax.Array,
+    cfg: config.Config, arch: config.Architecture, params: Any, rows: Rows, mask_RT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(logp_BT, entropy_BT) of the tokens in the mask, at the sampling temperature."""
+    """(logp_RT, entropy_RT) of the tokens in the mask, at the sampling temperature."""
     compute = cfg.policy.compute
-    x_BTD, _ = decoder.forward(
-        params, arch, compute, batch.ids_BT, batch.positions_BT, batch.segments_BT
-    )
+    x_RTD = decoder.forward(params, arch, compute, rows.ids, rows.positions, rows.segments)
     return logprobs.token_logprobs(
-        x_BTD,
+        x_RTD,
         decoder.unembedding(params, arch),
-        batch.ids_BT,
-        mask_BT,
+        rows.ids,
+        mask_RT,
         cfg.rollout.temperature,
-        compute.logprob_chunk,
+        logprobs.chunk_tokens(compute.logprob_mb, arch.vocab_size),
     )
 
 
 def policy_loss(
-    cfg: config.Config,
-    arch: config.Architecture,
-    params: Any,
-    batch: UpdateBatch,
-    advantage_B: jax.Array,
-    mask_BT: jax.Array,
-    weights_BT: jax.Array,
+    cfg: config.Config, arch: config.Architecture, params: Any, rows: Rows, terms: Terms
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The weighted sum of clipped loss and, if configured, beta KL; and (logp_BT, entropy_BT)."""
+    """The weighted sum of clipped loss and, if configured, beta KL; and (logp_RT, entropy_RT)."""
     settings = cfg.update
-    logp_BT, entropy_BT = completion_logprobs(cfg, arch, params, batch, mask_BT)
-    advantage_BT = jnp.broadcast_to(advantage_B[:, None], mask_BT.shape)
-    loss_BT = algo.clipped_loss(
-        logp_BT,
-        batch.old_logp_BT,
-        advantage_BT,
-        mask_BT,
+    logp_RT, entropy_RT = completion_logprobs(cfg, arch, params, rows, terms.mask)
+    loss_RT = algo.clipped_loss(
+        logp_RT,
+        rows.old_logp,
+        terms.advantage,
+        terms.mask,
         epsilon=settings.epsilon,
         epsilon_high=settings.epsilon_high,
     )
-    loss_BT += {
-        "none": lambda: jnp.zeros_like(loss_BT),
-        "k3": lambda: settings.beta * algo.k3(logp_BT, _reference(batch), mask_BT),
+    loss_RT += {
+        "none": lambda: jnp.zeros_like(loss_RT),
+        "k3": lambda: settings.beta * algo.k3(logp_RT, _reference(terms), terms.mask),
     }[settings.kl]()
-    return jnp.sum(loss_BT * weights_BT), (logp_BT, entropy_BT)
+    return jnp.sum(loss_RT * terms.weight), (logp_RT, entropy_RT)
 
 
 def accumulate(
-    loss: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, rows: Any, micro_batch_size: int
+    loss: Callable[..., tuple[jax.Array, Any]], params: Any, rows: Any, micro_batches: jax.Array
 ) -> tuple[jax.Array, Any, Any]:
-    """(value, aux, gradient) of `loss(params, rows) -> (value, aux)`, summed over micro-batches.
+    """(value, aux, gradient) of `loss(params, *rows) -> (value, aux)`, summed over micro-batches.
 
-    `loss` must be a sum over rows, and `rows` and `aux` hold arrays with rows in front. A
-    micro-batch size of 0 takes all rows at once.
+    `rows` hold arrays with micro-batches in front. Only the first `micro_batches` are computed, a
+    number that is data: the program is one for any number of rows. Of the rest `aux` says 0.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
-    B = jax.tree.leaves(rows)[0].shape[0]
-    size = micro_batch_size or B
-    if B % size:
-        raise ValueError(
-            f"update.micro_batch_size={size} does not divide the batch of {B} rows "
-            "(rollout.prompts_per_step x rollout.num_generations); choose a divisor of it"
-        )
-    if size == B:
-        (value, aux), grads = gradient(params, rows)
-        return value, aux, grads
 
-    # A micro-batch takes rows at a stride of B / size: so it is split over devices as the batch is.
-    def split(x):
-        return x.reshape(size, B // size, *x.shape[1:]).swapaxes(0, 1)
+    def micro_batch(i):
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
 
-    def merge(x):
-        return x.swapaxes(0, 1).reshape(B, *x.shape[2:])
+    def step(i, carry):
+        total, aux = carry
+        (value, new), grads = gradient(params, *micro_batch(i))
+        aux = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), aux, new)
+        return jax.tree.map(jnp.add, total, (value, grads)), aux
 
-    def step(carry, rows):
-        (value, aux), grads = gradient(params, rows)
-        return jax.tree.map(jnp.add, carry, (value, grads)), aux
-
+    shapes = jax.eval_shape(lambda: loss(params, *micro_batch(0))[1])
+    count = len(jax.tree.leaves(rows)[0])
+    aux = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (value, grads), aux = lax.scan(step, zero, jax.tree.map(split, rows))
-    return value, jax.tree.map(merge, aux), grads
+    (value, grads), aux = lax.fori_loop(0, micro_batches, step, (zero, aux))
+    return value, aux, grads
+
+
+def padding(batch: UpdateBatch) -> jax.Array:
+    """The share of the computed tokens that belong to no completion's row."""
+    _, R, T = batch.rows.segments.shape
+    computed = jnp.maximum(batch.micro_batches * (R * T), 1)
+    return 1 - jnp.sum(batch.rows.segments > 0) / computed
 
 
 def group_metrics(groups: Groups, advantage_PG: jax.Array) -> Metrics:
@@ -293,39 +351,36 @@ def group_metrics(groups: Groups, advantage_PG: jax.Array) -> Metrics:
 
 
 def token_metrics(
-    settings: config.UpdateConfig,
-    batch: UpdateBatch,
-    logp_BT: jax.Array,
-    advantage_B: jax.Array,
-    mask_BT: jax.Array,
+    settings: config.UpdateConfig, rows: Rows, terms: Terms, logp_ART: jax.Array
 ) -> Metrics:
     """Over the tokens in the loss: clip fractions, distances to the sampler and to the reference.
 
     mismatch_kl estimates KL(sampler || policy) by k3, mismatch_p99 and _max are of |log ratio|.
     """
-    low_BT, high_BT = algo.clipped(
-        logp_BT,
-        batch.old_logp_BT,
-        jnp.broadcast_to(advantage_B[:, None], mask_BT.shape),
+    mask_ART = terms.mask
+    low_ART, high_ART = algo.clipped(
+        logp_ART,
+        rows.old_logp,
+        terms.advantage,
         epsilon=settings.epsilon,
         epsilon_high=settings.epsilon_high,
     )
-    distance_BT = jnp.abs(logp_BT - batch.old_logp_BT)
+    distance_ART = jnp.abs(logp_ART - rows.old_logp)
     metrics = {
-        "clip_ratio/low_mean": masked.mean(low_BT, mask_BT),
-        "clip_ratio/high_mean": masked.mean(high_BT, mask_BT),
-        "mismatch_kl": masked.mean(algo.k3(batch.old_logp_BT, logp_BT, mask_BT), mask_BT),
-        "mismatch_p99": masked.quantile(distance_BT, mask_BT, 0.99),
-        "mismatch_max": masked.peak(distance_BT, mask_BT),
+        "clip_ratio/low_mean": masked.mean(low_ART, mask_ART),
+        "clip_ratio/high_mean": masked.mean(high_ART, mask_ART),
+        "mismatch_kl": masked.mean(algo.k3(rows.old_logp, logp_ART, mask_ART), mask_ART),
+        "mismatch_p99": masked.quantile(distance_ART, mask_ART, 0.99),
+        "mismatch_max": masked.peak(distance_ART, mask_ART),
     }
     if settings.kl == "k3":
-        metrics["kl"] = masked.mean(algo.k3(logp_BT, _reference(batch), mask_BT), mask_BT)
+        metrics["kl"] = masked.mean(algo.k3(logp_ART, _reference(terms), mask_ART), mask_ART)
     return metrics
 
 
-def _reference(batch: UpdateBatch) -> jax.Array:
-    if batch.ref_logp_BT is None:
+def _reference(terms: Terms) -> jax.Array:
+    if terms.ref_logp is None:
         raise ValueError(
-            "update.kl='k3' needs UpdateBatch.ref_logp_BT, got None; `compile_reference` makes it"
+            "update.kl='k3' needs UpdateBatch.ref_logp_ART, got None; `compile_reference` makes it"
         )
-    return batch.ref_logp_BT
+    return terms.ref_logp

@@ -170,19 +170,22 @@ def test_k3_averages_to_the_kl_divergence():
 
 
 MASK_BT = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+LENGTH_B1 = jnp.asarray([[3], [1], [0]])
 
 
 def test_aggregations_weigh_tokens_by_hand():
     close(algo.token_weights(MASK_BT), MASK_BT / 4)
     # Two rows that count: 1 / (2 * 3) for the tokens of the first, 1 / (2 * 1) for that of the
     # second.
-    close(algo.sequence_weights(MASK_BT, 2), MASK_BT / jnp.asarray([[6.0], [2.0], [1.0]]))
+    close(
+        algo.sequence_weights(MASK_BT, LENGTH_B1, 2), MASK_BT / jnp.asarray([[6.0], [2.0], [1.0]])
+    )
     close(algo.constant_weights(MASK_BT, 2, length=8), MASK_BT / 16)
 
 
 def test_a_batch_without_tokens_weighs_nothing():
     nothing_BT = jnp.zeros((2, 3), bool)
-    for weights_BT in (algo.token_weights(nothing_BT), algo.sequence_weights(nothing_BT, 1)):
+    for weights_BT in (algo.token_weights(nothing_BT), algo.sequence_weights(nothing_BT, 0, 1)):
         assert np.array_equal(weights_BT, np.zeros((2, 3)))
 
 
@@ -194,7 +197,7 @@ def test_padding_cannot_reach_the_loss_or_its_gradient(poison):
     def loss(logp_BT, old_BT, ref_BT, advantage_BT):
         loss_BT = clipped_loss(logp_BT, old_BT, advantage_BT, MASK_BT)
         loss_BT += 0.04 * algo.k3(logp_BT, ref_BT, MASK_BT)
-        return jnp.sum(loss_BT * algo.sequence_weights(MASK_BT, 2))
+        return jnp.sum(loss_BT * algo.sequence_weights(MASK_BT, LENGTH_B1, 2))
 
     clean = jax.value_and_grad(loss)(logp_BT, old_BT, ref_BT, advantage_BT)
     dirty = (jnp.where(MASK_BT, x, poison) for x in (logp_BT, old_BT, ref_BT, advantage_BT))

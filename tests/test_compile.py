@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import fits
-from pgrpo_jax import cli, compile, hlo, programs, roofline, sharding, topology
+from pgrpo_jax import cli, compile, decoding, hlo, programs, roofline, sharding, topology
 from pgrpo_jax import config as c
 from pgrpo_jax.models import decoder
 
@@ -111,7 +111,7 @@ def test_the_formula_counts_what_the_compiler_counts_where_it_can():
     tokens = jax.ShapeDtypeStruct((4, 32), jnp.int32)
 
     def logits(params, *rows):
-        x_BTD, _ = decoder.forward(params, ARCH, c.Compute(), *rows)
+        x_BTD = decoder.forward(params, ARCH, c.Compute(), *rows)
         return x_BTD @ decoder.unembedding(params, ARCH)
 
     params = jax.eval_shape(lambda key: decoder.init(ARCH, c.Compute(), key), jax.random.key(0))
@@ -204,8 +204,8 @@ def test_every_program_of_a_run_is_reported_and_fits(slice_of_cpus, capsys, tmp_
     assert by_name["update"]["hbm"]["optimizer"] == pytest.approx(
         2 * by_name["update"]["hbm"]["parameters"], rel=0.01
     )
-    # 16 chunks of decoding are 16 x 4 rows of 56 tokens; prefill once.
-    assert by_name["decode"]["executions"] == math.ceil(56 / 16)
+    # All 32 completions of 56 tokens have slots.
+    assert by_name["decode"]["executions"] == math.ceil(56 / decoding.CHUNK)
     assert by_name["update"]["collectives"].keys() >= {"all-gather", "all-reduce"}
 
 
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_told_with_what_to_change_and_status_1(
 def test_an_offloaded_reward_model_leaves_its_room_to_the_update():
     mesh = sharding.make_mesh(c.MeshConfig(tensor=2))
     kept, away = (
-        next(p for p in programs.programs(cfg, mesh) if p.name == "update").resident
+        next(p for p in programs.programs(cfg, mesh, 2**30) if p.name == "update").resident
         for cfg in (small(), dataclasses.replace(small(), rewards=c.RewardsConfig(offload=True)))
     )
     assert kept["reward model"] > 0 and "reward model" not in away

@@ -233,19 +233,25 @@ def test_a_restored_iterator_continues_with_exactly_the_same_rows(length, size, 
 
 
 def test_processes_share_the_batches_that_one_would_take(monkeypatch):
-    alone = data.batches(range(7), 4, seed=0)
+    rows = [{"prompt": "a", "completion": "b" * n} for n in range(7)]
+    examples = data.sft_examples(rows, OWN, DataConfig(), 0)
+    alone, prompts = data.example_batches(examples, 4, seed=0), data.batches(range(7), 4, seed=0)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     shares = []
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        shares.append(data.batches(range(7), 4, seed=0))
+        shares.append(data.example_batches(examples, 4, seed=0))
+        assert next(data.batches(range(7), 4, seed=0)) == next(prompts)  # of which each has all
+        prompts.set_state(data.batches(range(7), 4, seed=0).get_state())
     for _ in range(5):
-        left, right = (next(share) for share in shares)
+        left, right, whole = (
+            next(share).segments_BT.sum(axis=1).tolist() for share in (*shares, alone)
+        )
         assert len(left) == len(right) == 2
-        assert sorted(left + right) == sorted(next(alone))
+        assert sorted(left + right) == sorted(whole)
     assert shares[0].get_state() == alone.get_state()  # so a run may resume on other hosts
     with pytest.raises(ValueError, match="batch size 3 must be a multiple of 2 processes"):
-        data.batches(range(7), 3, seed=0)
+        data.example_batches(examples, 3, seed=0)
 
 
 def test_example_batches_are_rows_of_the_whole_table_and_resume():

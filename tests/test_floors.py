@@ -7,19 +7,21 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
     11: "compile",
-    10: "benchmarks.gates benchmarks.real_input benchmarks.allocator suggest",
-    9: "train judge footprint",  # the whole run: it calls the stages
-    8: "grpo programs",
+    10: "benchmarks.gates benchmarks.real_input benchmarks.allocator benchmarks.fits suggest",
+    9: "train judge footprint benchmarks.rollout",  # the whole run: it calls the stages
+    8: "grpo programs benchmarks.rollout_ours",
     7: "sft make_pairs train_reward evaluate rewards canaries",
-    6: "start fit update supervised report summary sandbox sandbox_server",
-    5: "rollout models.reward checkpoint sandbox_pool reshard",
-    4: "models.decoder models.load data sandbox_work sandbox_zygote",
+    6: "start fit update supervised report summary sandbox sandbox_server rollout",
+    5: "models.reward checkpoint sandbox_pool reshard decoding",
+    4: "models.decoder models.load data sandbox_work sandbox_zygote models.decode",
     3: "models.attention models.cache problems sampling sandbox_tests sandbox_check",
     2: "sandbox_slot models.layers models.logprobs tokenizer optimizer configs sandbox_run "
     "kernels.flash_attention roofline",
-    1: "kernels.attention sharding algo world cli figures sandbox_proxy topology",
+    1: "kernels.attention sharding algo world cli figures sandbox_proxy topology "
+    "benchmarks.rollout_hf benchmarks.rollout_tunix memory",
     0: "types config rng masked metrics allocator parse compare charts interrupt progress "
-    "sandbox_wire sandbox_jail sandbox_probes hlo hosts",
+    "sandbox_wire sandbox_jail sandbox_probes hlo hosts benchmarks.checkpoints "
+    "benchmarks.machine benchmarks.workers scheduler packing",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}

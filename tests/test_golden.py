@@ -24,7 +24,7 @@ def weights(case, mask_BT, rows):
         return algo.token_weights(mask_BT[rows]) / case["grad_accum"]
     return {
         "dapo": lambda: algo.token_weights(mask_BT),
-        "grpo": lambda: algo.sequence_weights(mask_BT, B),
+        "grpo": lambda: algo.sequence_weights(mask_BT, masked.count(mask_BT, 1, True), B),
         "dr_grpo": lambda: algo.constant_weights(mask_BT, B, length=length),
     }[case["loss_type"]]()[rows]
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pgrpo_jax import sharding
-from pgrpo_jax.config import Architecture, Compute, MeshConfig, RopeScaling
-from pgrpo_jax.models import cache as caches
+from pgrpo_jax import sharding, types
+from pgrpo_jax.config import Architecture, Compute, MeshConfig, RolloutConfig, RopeScaling
+from pgrpo_jax.data import Prompt
 from pgrpo_jax.models import decoder, load
+from pgrpo_jax.rollout import Engine
 
 COMPUTE = Compute()
 SMALL = dict(vocab_size=56, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48)
@@ -100,24 +101,14 @@ def hf_logits(model, ids_BT, positions_BT, segments_BT):
         ).logits.numpy()
 
 
-def our_logits(params, arch, ids_BT, positions_BT, segments_BT, cached_from=None):
-    """Logits of one forward, or of a prefill up to `cached_from` and one token at a time after."""
-    arrays = [jnp.asarray(a) for a in (ids_BT, positions_BT, segments_BT)]
-    step = jax.jit(lambda cache, *new: decoder.forward(params, arch, COMPUTE, *new, cache))
-    if cached_from is None:
-        x_BTD, _ = step(None, *arrays)
-        return np.asarray(x_BTD @ decoder.unembedding(params, arch))
-    cache = caches.empty(arch, COMPUTE, *ids_BT.shape)
-    x_BTD, cache = step(cache, *(a[:, :cached_from] for a in arrays))
-    pieces = [x_BTD]
-    for t in range(cached_from, ids_BT.shape[1]):
-        x_BTD, cache = step(cache, *(a[:, t : t + 1] for a in arrays))
-        pieces.append(x_BTD)
-    return np.asarray(jnp.concatenate(pieces, 1) @ decoder.unembedding(params, arch))
+def our_logits(params, arch, ids_BT, positions_BT, segments_BT):
+    forward = jax.jit(lambda *rows: decoder.forward(params, arch, COMPUTE, *rows))
+    x_BTD = forward(*(jnp.asarray(a) for a in (ids_BT, positions_BT, segments_BT)))
+    return np.asarray(x_BTD @ decoder.unembedding(params, arch))
 
 
 @families
-def test_logits_are_those_of_transformers_with_either_padding_and_with_a_cache(family, tmp_path):
+def test_logits_are_those_of_transformers_with_either_padding(family, tmp_path):
     arch = FAMILIES[family]
     model = hf_model(arch, tmp_path)
     rows = padded_rows(arch.vocab_size)
@@ -126,8 +117,27 @@ def test_logits_are_those_of_transformers_with_either_padding_and_with_a_cache(f
     loaded, params = load.load_policy(str(tmp_path), COMPUTE, one_device())
     assert loaded == arch
     np.testing.assert_allclose(our_logits(params, arch, *rows)[real], wanted[real], atol=1e-4)
-    cached = our_logits(params, arch, *rows, cached_from=85)
-    np.testing.assert_allclose(cached[real], wanted[real], atol=1e-4)
+
+
+@families
+def test_samples_have_the_log_probabilities_that_transformers_gives_them(family, tmp_path):
+    arch = FAMILIES[family]
+    model = hf_model(arch, tmp_path)
+    arch, params = load.load_policy(str(tmp_path), COMPUTE, one_device())
+    settings = RolloutConfig(
+        max_completion_length=6, prompt_buckets=(12,), batch_size=2, page_size=4, prefill_tokens=8
+    )
+    engine = Engine(settings, arch, COMPUTE, one_device(), stop_ids=())
+    tests = types.Tests(kind="assert", code=("assert True",))
+    ids_T = np.random.default_rng(0).integers(0, arch.vocab_size, 12, dtype=np.int32)
+    prompt = Prompt(types.Problem("a", "", tests), ids_T)
+    for completion in engine.generate(params, [prompt], 2, 0, 0):
+        ids_1T = np.concatenate([prompt.ids, completion.ids])[None]
+        segments_1T = np.ones_like(ids_1T)
+        logits_TV = hf_logits(model, ids_1T, np.arange(ids_1T.shape[1])[None], segments_1T)[0]
+        logp_TV = np.asarray(jax.nn.log_softmax(logits_TV[11:-1]))
+        wanted_T = np.take_along_axis(logp_TV, completion.ids[:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(completion.logps, wanted_T, atol=1e-4)
 
 
 @families

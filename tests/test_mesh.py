@@ -15,23 +15,28 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pgrpo_jax import config as c
-from pgrpo_jax import hlo, optimizer, reshard, rewards, sharding, update
+from pgrpo_jax import data, hlo, optimizer, reshard, rewards, rollout, sharding, types, update
 from pgrpo_jax.kernels import flash_attention
-from pgrpo_jax.models import attention, decoder, reward
+from pgrpo_jax.models import attention, decode, decoder, reward
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 2 key heads and an odd vocabulary: neither divides over 4 devices.
 ARCH = c.Architecture(
     vocab_size=33, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, qk_norm=True
 )
-COMPUTE = c.Compute(remat="full", logprob_chunk=32)
+COMPUTE = c.Compute(remat="full", logprob_mb=1)
 MODEL = c.ModelConfig(architecture=ARCH, compute=COMPUTE)
 CFG = c.Config(
     policy=MODEL,
     reward_model=MODEL,
     data=c.DataConfig(max_prompt_length=4),
     rollout=c.RolloutConfig(
-        num_generations=4, prompts_per_step=4, max_completion_length=8, prompt_buckets=(4,)
+        num_generations=4,
+        prompts_per_step=4,
+        max_completion_length=8,
+        prompt_buckets=(4,),
+        page_size=4,
+        prefill_tokens=8,
     ),
     # With an epsilon of 1 AdamW's step is a smooth function of the gradient.
     update=c.UpdateConfig(
@@ -55,19 +60,23 @@ def params():
     return decoder.init(ARCH, COMPUTE, jax.random.key(1))
 
 
-def batch(rows: slice = slice(None)) -> update.UpdateBatch:
-    """16 completions of 4 prompts, of several lengths; some of their rows."""
+def batch() -> update.UpdateBatch:
+    """16 completions of 4 prompts, of several lengths, a row each, in two micro-batches."""
     rng = np.random.default_rng(0)
-    B, T = 16, 12
-    lengths_B = rng.integers(5, T + 1, B)
-    columns_T = np.arange(T)[None]
-    segments_BT = (columns_T < lengths_B[:, None]).astype(np.int32)
-    whole = update.UpdateBatch(
-        ids_BT=rng.integers(0, ARCH.vocab_size, (B, T), dtype=np.int32),
-        positions_BT=np.broadcast_to(columns_T, (B, T)).astype(np.int32),
-        segments_BT=segments_BT,
-        completion_BT=(segments_BT > 0) & (columns_T >= 4),
-        old_logp_BT=rng.normal(-3.5, 0.1, (B, T)).astype(np.float32),
+    B, shape_ART = 16, (2, 8, 12)
+    lengths_AR1 = rng.integers(5, 13, (2, 8, 1))
+    columns_T = np.arange(12)
+    segments_ART = (columns_T < lengths_AR1).astype(np.int32)
+    return update.UpdateBatch(
+        rows=update.Rows(
+            ids=rng.integers(0, ARCH.vocab_size, shape_ART, dtype=np.int32),
+            positions=np.broadcast_to(columns_T, shape_ART).astype(np.int32),
+            segments=segments_ART,
+            completion=(segments_ART > 0) & (columns_T >= 4),
+            owner=np.broadcast_to(np.arange(B).reshape(2, 8, 1), shape_ART).astype(np.int32),
+            old_logp=rng.normal(-3.5, 0.1, shape_ART).astype(np.float32),
+        ),
+        micro_batches=np.int32(2),
         r_format_B=rng.integers(0, 2, B).astype(np.float32),
         r_outcome_B=rng.integers(0, 2, B).astype(np.float32),
         r_thinking_B=rng.random(B, np.float32),
@@ -75,16 +84,30 @@ def batch(rows: slice = slice(None)) -> update.UpdateBatch:
         valid_B=np.arange(B) != 3,
         truncated_B=np.arange(B) == 5,
     )
-    return jax.tree.map(lambda x: x[rows], whole)
 
 
-def one_step(on: jax.sharding.Mesh, rows: slice = slice(None)):
+def one_step(on: jax.sharding.Mesh):
     """State (with it the gradient: mu is a tenth of it), metrics and advantages of one update."""
     tx = optimizer.build(CFG.update.optimizer, CFG.update.steps)
     state = optimizer.init_state(params(), tx, on)
     step = update.compile_update(CFG, ARCH, on)
-    state, metrics, advantage_B = step(state, sharding.put_rows(on, batch(rows)))
-    return state, metrics, sharding.local_rows(advantage_B)
+    return step(state, sharding.put(batch(), update.batch_sharding(on)))
+
+
+def sampled(on: jax.sharding.Mesh) -> list[tuple[int, int, list[int]]]:
+    """Completions of four prompts, with the parameters that the update begins with, three times as
+    far from uniform, so that an error shows in the tokens."""
+    given = params()
+    given["embedding"] = 3 * given["embedding"]
+    everywhere = jax.tree.map(lambda _: sharding.replicated(on), given)
+    given = sharding.put(jax.device_get(given), everywhere)
+    prompts = [
+        data.Prompt(types.Problem(str(n), "", types.Tests("assert", code=())), np.arange(n) + 7)
+        for n in range(1, 5)
+    ]
+    engine = rollout.Engine(CFG.rollout, ARCH, COMPUTE, on, stop_ids=(3, 10))
+    found = engine.generate(given, prompts, 4, seed=0, step=0)
+    return sorted((c.group, c.sample, c.ids.tolist()) for c in found)
 
 
 @functools.cache
@@ -191,21 +214,21 @@ def test_query_heads_that_do_not_divide_are_refused_by_name():
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2), (1, 1, 4)])
 def test_the_rollout_gets_the_same_parameters_and_the_bytes_are_those_that_are_moved(shape):
-    on, half = mesh(*shape), c.ModelConfig(architecture=ARCH, compute=c.Compute(dtype="bfloat16"))
-    cfg = c.Config(policy=half, reward_model=half, data=CFG.data, rollout=CFG.rollout)
+    on, compute = mesh(*shape), c.Compute(dtype="bfloat16")
     given = jax.device_put(params(), sharding.shardings(params(), on))
-    program = reshard.compile_reshard(cfg, ARCH, on)
+    program = reshard.compile_reshard(ARCH, compute, on)
     got = program(given)
+    wanted = sharding.on(on, lambda params: decode.weights(params, ARCH, compute))(params())
     for (path, x), before in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(given), strict=True
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True
     ):
-        kept = path[-1].key == "scale"
+        kept = "norm" in jax.tree_util.keystr(path[-1:])
         assert x.dtype == (jnp.float32 if kept else jnp.bfloat16)
-        np.testing.assert_array_equal(x, before.astype(x.dtype))
+        np.testing.assert_array_equal(x, before)
         assert "fsdp" not in x.sharding.spec
     moved = hlo.collective_bytes(hlo.parse(program.lower(given).compile().as_text()))
     # The CPU's compiler gathers some parameters before it rounds them, which are twice the bytes.
-    exact = reshard.received_bytes(cfg, ARCH, on)
+    exact = reshard.received_bytes(ARCH, compute, on)
     assert exact <= sum(moved.values()) <= 2 * exact
     assert (exact == 0) == (shape[1] == 1)
 
@@ -248,16 +271,18 @@ test_mesh.write_step(out, int(process))
 
 
 def write_step(out: str, process: int) -> None:
-    """One update of two processes, each with half of the rows; what it sees goes to `out`."""
+    """One rollout and one update of two processes; what this one sees goes to `out`."""
     on = sharding.make_mesh(c.MeshConfig(fsdp=2, tensor=2))
     assert [d.process_index for d in on.devices.flat] == [0, 0, 1, 1]
-    state, metrics, advantage_B = one_step(on, slice(8 * process, 8 * process + 8))
+    state, metrics, advantage_B = one_step(on)
     whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(on))(state.params)
     leaves = [np.asarray(x).tolist() for x in jax.tree.leaves((whole, metrics))]
-    pathlib.Path(f"{out}/{process}").write_text(json.dumps([leaves, advantage_B.tolist()]))
+    pathlib.Path(f"{out}/{process}").write_text(
+        json.dumps([leaves, advantage_B.tolist(), sampled(on)])
+    )
 
 
-def test_two_processes_take_the_step_that_one_takes(tmp_path):
+def test_two_processes_sample_and_learn_what_one_does(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -276,7 +301,8 @@ def test_two_processes_take_the_step_that_one_takes(tmp_path):
     state, metrics, advantage_B = on_one_device()
     wanted = jax.tree.leaves((state.params, metrics))
     for process in range(2):
-        leaves, own_B = json.loads((tmp_path / str(process)).read_text())
+        leaves, all_B, completions = json.loads((tmp_path / str(process)).read_text())
         for got, value in zip(leaves, wanted, strict=True):
             np.testing.assert_allclose(got, value, atol=2e-6, rtol=2e-5)
-        np.testing.assert_allclose(own_B, advantage_B[8 * process :][:8], atol=1e-6)
+        np.testing.assert_allclose(all_B, advantage_B, atol=1e-6)
+        assert [tuple(c) for c in completions] == sampled(mesh(1, 1, 1))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgrpo_jax import rollout, sharding, types
+from pgrpo_jax import memory, rollout, scheduler, sharding, types
 from pgrpo_jax.config import Architecture, Compute, MeshConfig, RolloutConfig
 from pgrpo_jax.data import Prompt
 from pgrpo_jax.models import decoder, logprobs
@@ -17,13 +17,15 @@ ARCH = Architecture(
     vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp=32, qk_norm=True
 )
 COMPUTE = Compute()
-STOPS, PAD = (3, 10), 0
+STOPS = (3, 10)
 CFG = RolloutConfig(
     prompts_per_step=4,
     num_generations=4,
     max_completion_length=37,
     temperature=0.8,
     prompt_buckets=(8, 12),
+    page_size=4,
+    prefill_tokens=8,
 )
 
 
@@ -41,7 +43,7 @@ def params():
 
 def engine(stop_ids=STOPS, mesh=mesh, **settings) -> rollout.Engine:
     settings = {**vars(CFG), **settings}
-    return rollout.Engine(RolloutConfig(**settings), ARCH, COMPUTE, mesh(1), stop_ids, PAD)
+    return rollout.Engine(RolloutConfig(**settings), ARCH, COMPUTE, mesh(1), stop_ids)
 
 
 def prompt(name: str, length: int) -> Prompt:
@@ -81,7 +83,7 @@ def full_forward(params, ids_1T, mask_1T, temperature):
     """Log-probabilities and logits of every next token, without a cache."""
     positions_1T = jnp.arange(ids_1T.shape[1])[None]
     segments_1T = mask_1T.astype(jnp.int32)
-    x_1TD, _ = decoder.forward(params, ARCH, COMPUTE, ids_1T, positions_1T, segments_1T)
+    x_1TD = decoder.forward(params, ARCH, COMPUTE, ids_1T, positions_1T, segments_1T)
     w_DV, next_1T = decoder.unembedding(params, ARCH), jnp.roll(ids_1T, -1, axis=1)
     return logprobs.logprobs(x_1TD, w_DV, next_1T, temperature, 1024)[0], x_1TD @ w_DV
 
@@ -172,11 +174,11 @@ def test_without_a_stop_token_everything_is_truncated():
 
 
 def test_a_completion_is_handed_out_while_others_are_still_written():
-    chunks, rows = [], []
+    visits, rows = [], []
     for c in shared().generate(params(), PROMPTS, 4, 0, 0):
-        chunks.append((len(c.ids) - 1) // rollout.CHUNK)
+        visits.append(shared().statistics.visits)
         rows.append((c.group, c.sample))
-    assert chunks == sorted(chunks) and len(set(chunks)) > 1
+    assert visits == sorted(visits) and len(set(visits)) > 1
     assert rows != sorted(rows) and len(set(rows)) == 16
 
 
@@ -195,21 +197,61 @@ def test_a_problem_that_comes_twice_gets_further_samples():
     assert got == {i: tokens(reference())["a", i] for i in range(4)}
 
 
-def test_a_prompt_is_prefilled_once_for_all_of_its_samples(monkeypatch):
-    shapes = []
-    forward = decoder.forward
+def test_a_prompt_is_computed_once_for_all_of_its_samples():
+    for samples in (1, 4):
+        sampled(shared(), samples=samples)
+        # All but the last token, which each sample reads for itself.
+        assert shared().statistics.prompt_tokens == sum(len(p.ids) - 1 for p in PROMPTS)
 
-    def spy(params, arch, compute, ids_BT, *rest):
-        shapes.append(ids_BT.shape)
-        return forward(params, arch, compute, ids_BT, *rest)
 
-    monkeypatch.setattr(decoder, "forward", spy)
-    for_16_samples = (np.ones((4, 8), np.int32), np.ones((4, 8), bool), jax.random.key(0))
-    numbers_B = np.arange(16, dtype=np.uint32)
-    prefill = functools.partial(rollout.prefill, arch=ARCH, compute=COMPUTE, new_tokens=5)
-    slots = jax.eval_shape(prefill, params(), *for_16_samples, numbers_B, numbers_B)
-    assert shapes == [(4, 8)]
-    assert slots.x_BD.shape == (16, 16) and slots.cache.positions_BS.shape == (16, 8 + 5)
+def test_samples_of_a_prompt_read_the_same_pages():
+    group = scheduler.Group(np.arange(9), name=0, index=0, waiting=3)
+    sizes = scheduler.Sizes(3, 3, 4, prompt_pages=2, own_pages=6, prompt_table=2, own_table=2)
+    plan = scheduler.Scheduler(sizes, [scheduler.Sample(group, i, i, limit=8) for i in range(3)])
+    plan.admit()
+    group.filled = 8
+    plan.reserve(8)
+    tables = scheduler.tables(sizes, plan.slots, own_pages=6)
+    assert tables["prompt_owner_XO"].tolist() == [[0, 1, 2]] * 2
+    # Entries are page * owners + place: pages 0 and 1 for each slot.
+    assert tables["prompt_table_BM"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert tables["own_table_BM"].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_prompts_computed_in_pieces_and_pages_of_any_size_give_the_same_tokens():
+    prompts = [*PROMPTS, prompt("long", 12)]  # in pieces of 8 tokens, and of 4 pages of 4
+    whole = engine(page_size=16, prefill_tokens=64)
+    assert tokens(sampled(shared(), prompts)) == tokens(sampled(whole, prompts))
+
+
+def test_a_completion_that_lost_its_pages_is_written_again_as_it_was(monkeypatch):
+    few = engine()
+    bytes_a_page = 2 * 2 * 2 * 4 * 4 * 4  # k and v, layers, heads, head dim, tokens, float32
+    # 9 prompts of 2 pages, and 24 own pages where 16 slots of 10 pages could use 160.
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: (18 + 24) * bytes_a_page / 0.8 + 1)
+    assert tokens(sampled(few)) == tokens(reference())
+    assert few.statistics.preemptions > 0
+
+
+def test_memory_for_less_than_one_completion_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: 3000)
+    with pytest.raises(ValueError, match="4 pages of 4 tokens fit .* one completion needs 10"):
+        sampled(engine())
+
+
+def test_a_completion_can_have_a_limit_of_its_own():
+    limits_PG = np.arange(1, 17).reshape(4, 4)
+    for c in shared().generate(params(), PROMPTS, 4, 0, 0, limits_PG=limits_PG):
+        whole = tokens(reference())[c.problem.id, c.sample]
+        assert c.ids.tolist() == whole[: limits_PG[c.group, c.sample]]
+
+
+def test_free_slots_are_filled_while_others_still_decode():
+    prompts = [*PROMPTS, *(prompt(f"more {i}", 3) for i in range(6))]
+    limits_P1 = np.array([37] + 9 * [2])[:, None]
+    four = engine(batch_size=4, stop_ids=(), prefill_tokens=64)
+    ended = [c.group for c in four.generate(params(), prompts, 1, 0, 0, limits_PG=limits_P1)]
+    assert ended[-1] == 0  # ten completions on four slots, and the first to begin ends last
 
 
 def test_nothing_is_compiled_once_each_bucket_was_met():

@@ -1,7 +1,5 @@
 """From logits to tokens: who is drawn, how often, and with which log-probability."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,10 @@ from pgrpo_jax import sampling
 
 def keys(count: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(count))
+
+
+def shares(count: int, place: int = 0) -> jax.Array:
+    return sampling.shares(keys(count), jnp.full(count, place))
 
 
 def kept(logits_BV) -> list[list[int]]:
@@ -77,9 +79,7 @@ def test_draws_are_as_frequent_as_the_tempered_softmax_says():
     # Temperature 0.5 squares: 4/8, 2/8, 2/8 become 16, 4, 4 of 24.
     rows = 6000
     logits_BV = jnp.tile(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), (rows, 1))
-    ids_B, logp_B = sampling.draw(
-        keys(rows), jnp.zeros(rows, jnp.int32), logits_BV, jnp.float32(0.5), lambda y: y
-    )
+    ids_B, logp_B = sampling.draw(shares(rows), logits_BV, jnp.float32(0.5), None)
     p = np.array([16, 4, 4]) / 24
     frequency = np.bincount(ids_B, minlength=3) / rows
     assert (np.abs(frequency - p) < 4 * np.sqrt(p * (1 - p) / rows)).all()
@@ -89,9 +89,8 @@ def test_draws_are_as_frequent_as_the_tempered_softmax_says():
 def test_each_place_in_a_row_has_a_draw_of_its_own():
     rows = 2000
     logits_BV = jnp.zeros((rows, 2))
-    one = functools.partial(sampling.draw, logits_BV=logits_BV, truncate=lambda y: y)
     first, second = (
-        np.asarray(one(keys(rows), jnp.full(rows, i), temperature=jnp.float32(1))[0])
+        np.asarray(sampling.draw(shares(rows, i), logits_BV, jnp.float32(1), None)[0])
         for i in (0, 1)
     )
     # Two fair coins agree half of the time: 1000 of 2000, standard deviation 22.
@@ -100,9 +99,8 @@ def test_each_place_in_a_row_has_a_draw_of_its_own():
 
 def test_truncation_narrows_the_draw_and_leaves_the_log_probability():
     logits_BV = jnp.tile(jnp.log(jnp.array([[0.5, 0.25, 0.25]])), (50, 1))
-    index_B = jnp.zeros(50, jnp.int32)
     ids_B, logp_B = sampling.draw(
-        keys(50), index_B, logits_BV, jnp.float32(1), sampling.truncation(1, 1.0)
+        shares(50), logits_BV, jnp.float32(1), sampling.truncation(1, 1.0)
     )
     assert set(ids_B.tolist()) == {0}
     np.testing.assert_allclose(logp_B, np.log(0.5), rtol=1e-6)
@@ -110,7 +108,6 @@ def test_truncation_narrows_the_draw_and_leaves_the_log_probability():
 
 def test_temperature_0_takes_the_first_of_the_likeliest_with_the_log_probability_of_temperature_1():
     logits_BV = jnp.log(jnp.array([[0.2, 0.4, 0.4], [0.5, 0.25, 0.25]]))
-    index_B = jnp.zeros(2, jnp.int32)
-    ids_B, logp_B = sampling.draw(keys(2), index_B, logits_BV, jnp.float32(0), lambda y: y)
+    ids_B, logp_B = sampling.draw(shares(2), logits_BV, jnp.float32(0), None)
     assert ids_B.tolist() == [1, 0]
     np.testing.assert_allclose(logp_B, np.log([0.4, 0.5]), rtol=1e-6)
