@@ -19,6 +19,7 @@ from pgrpo_jax import (
     cli,
     config,
     data,
+    hosts,
     metrics,
     parse,
     reshard,
@@ -142,6 +143,7 @@ def area_under_curve(above: np.ndarray, below: np.ndarray) -> float:
 
 def run(cfg: config.Config) -> None:
     """Evaluates the run's newest policy and prints a table."""
+    hosts.join(cfg.mesh.hosts)
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.newest_policy(cfg, mesh)
     params = reshard.compile_reshard(cfg, arch, mesh)(params)

@@ -158,7 +158,7 @@ def small(**settings) -> c.Config:
     """The built-in world with every program there is, few rows, one layer."""
     tiny = cli.load("tiny")
     arch = dataclasses.replace(tiny.policy.architecture, layers=1, width=32, mlp=64)
-    model = dataclasses.replace(tiny.policy, architecture=arch)
+    model = c.ModelConfig(architecture=arch, compute=c.Compute(attention="reference"))
     return dataclasses.replace(
         tiny,
         policy=model,
