@@ -6,8 +6,9 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
+    12: "benchmarks",
     11: "compile",
-    10: "benchmarks.gates benchmarks.real_input benchmarks.allocator suggest",
+    10: "suggest",
     9: "train judge footprint",  # the whole run: it calls the stages
     8: "grpo programs",
     7: "sft make_pairs train_reward evaluate rewards canaries",
@@ -27,9 +28,12 @@ ARRAYS_ONLY = ("algo", "kernels.attention", "kernels.paged_attention")
 
 
 def module_name(path: pathlib.Path) -> str:
-    """`models.layers` for models/layers.py, `rng` for pgrpo_jax/rng.py; all of configs/ is one."""
+    """`models.layers` for models/layers.py, `rng` for pgrpo_jax/rng.py; all of configs/ is one, all
+    of benchmarks/ too."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return "configs" if parts[0] == "configs" else ".".join(parts).removeprefix("pgrpo_jax.")
+    if parts[0] in ("configs", "benchmarks"):
+        return parts[0]
+    return ".".join(parts).removeprefix("pgrpo_jax.")
 
 
 def files(*folders: str) -> dict[pathlib.Path, str]:
@@ -62,6 +66,7 @@ OWN = {
     for path, module in MODULES.items()
     for name in imported(path)
     if name.split(".")[0] in ("pgrpo_jax", "benchmarks")
+    and (module, listed(name)) != ("benchmarks", "benchmarks")
 }
 
 

@@ -186,7 +186,9 @@ def test_key_heads_are_repeated_until_they_divide(heads, kv_heads, there):
 
 
 def test_query_heads_that_do_not_divide_are_refused_by_name():
-    with pytest.raises(ValueError, match="attention/out/kernel.*: 4 does not divide over tensor = 8"):
+    with pytest.raises(
+        ValueError, match="attention/out/kernel.*: 4 does not divide over tensor = 8"
+    ):
         sharding.shardings(params(), mesh(1, 1, 8))
 
 
