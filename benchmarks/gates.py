@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import queue
+import shlex
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = tuple(VARIANTS)
     jobs: int = os.cpu_count() or 1  # runs at a time, each on a core of its own
-    options: tuple[str, ...] = ()  # further options of every run, such as --update.steps=40
+    options: str = ""  # of every run: --options="--update.steps 40 --evaluation.every-steps 20"
 
 
 def main(arguments: Arguments) -> None:
@@ -144,7 +145,7 @@ def command(
     """Runs a stage in a process of its own on a core of its own; its words go into a file."""
     out.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", f"pgrpo_jax.{stage}", "--workdir", str(out), "--seed", str(seed)]
-    words += [*options, *arguments.options]
+    words += [*options, *shlex.split(arguments.options)]
     core = cores.get()
     try:
         with open(out / "log.txt", "a", encoding="utf-8") as log:

@@ -147,7 +147,12 @@ def main(line: Line) -> None:
             sys.exit(0 if suggest.search(cfg, line.topology, console) else 1)
         found = []
         for report in footprint.reports(cfg, line.topology):
-            print(f"{report.name}: {report.compile_s:.0f} s to compile", file=sys.stderr)
+            size = "more" if report.failure else _gib(report.total)
+            print(
+                f"{report.name}: {size} of {_gib(report.limit)} GiB, "
+                f"{report.compile_s:.0f} s to compile",
+                file=sys.stderr,
+            )
             found.append(report)
     print_reports(found, line.topology, console)
     if line.json:

@@ -304,11 +304,12 @@ class JudgeConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Settings):
-    """Devices by axis; -1 takes what is left."""
+    """Devices by axis; -1 takes what is left. With several hosts the same command runs on each."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    hosts: Positive = 1
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,6 +19,7 @@ from pgrpo_jax import (
     cli,
     config,
     data,
+    hosts,
     metrics,
     parse,
     rng,
@@ -141,6 +142,7 @@ def area_under_curve(above: np.ndarray, below: np.ndarray) -> float:
 
 def run(cfg: config.Config) -> None:
     """Evaluates the run's newest policy and prints a table."""
+    hosts.join(cfg.mesh.hosts)
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.newest_policy(cfg, mesh)
     engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)

@@ -11,6 +11,24 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
+def join(count: int) -> None:
+    """Makes one run of `count` processes, one a host, each of which was started with the same
+    command. Must be called before anything else asks jax for devices; again, it does nothing.
+
+    Raises:
+      ValueError: another number of processes came together.
+    """
+    if count == 1:
+        return
+    if not jax.distributed.is_initialized():
+        jax.distributed.initialize()  # finds the others where a TPU slice or SLURM names them
+    if jax.process_count() != count:
+        raise ValueError(
+            f"mesh.hosts is {count}, but {jax.process_count()} processes came together; set it to "
+            "the number of hosts of the slice, and start the command on each of them"
+        )
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's value, in the order of processes."""
     if jax.process_count() == 1:

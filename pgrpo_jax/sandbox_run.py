@@ -184,8 +184,8 @@ def _flush() -> bool:
 
 def _calls(job: dict[str, Any]) -> None:
     """Loads the program, then answers the calls of a job in order, one message each, after one for
-    the load."""
-    dumps, loads, say = sandbox_wire.dumps, sandbox_wire.loads, speaker(CHANNEL)
+    the load. The judge lets it begin with each: its clock counts from there."""
+    dumps, loads, read, say = sandbox_wire.dumps, sandbox_wire.loads, os.read, speaker(CHANNEL)
     program = module("solution")
     try:
         load(job["program"], program)
@@ -194,6 +194,8 @@ def _calls(job: dict[str, Any]) -> None:
         os._exit(0)
     say(dumps({"loaded": True}))
     for call in job["calls"]:
+        if not read(CHANNEL, 1):
+            break
         say(_answer(program, loads(call), dumps))
     os._exit(0)
 

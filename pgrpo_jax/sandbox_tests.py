@@ -25,7 +25,9 @@ def run() -> None:
     say = sandbox_run.speaker(sandbox_run.VERDICTS)
 
     def tell(verdict: str, why: str = "") -> None:
+        """The judge lets the next test begin: its clock counts from there."""
         say(sandbox_wire.dumps((verdict, why[:2000])))
+        os.read(sandbox_run.VERDICTS, 1)
 
     try:
         tests = sandbox_run.module(NAME)

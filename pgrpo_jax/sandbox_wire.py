@@ -34,7 +34,7 @@ ORDER = struct.Struct("!BIIIII")
 REPORT = struct.Struct("!BIidI")
 CONTROL = 3  # the zygote's descriptor
 SCRIPT, CALLS, PROGRAM, TESTS, CHECKER = range(5)  # roles of a run
-REPLY_LIMIT = 4 << 20  # bytes of one value out of a run
+REPLY_LIMIT = 64 << 20  # bytes of one value out of a run
 # --- what trainer and server say to each other: a number of the trainer's and a job as a value, or
 # nothing to take it back; the same number, how many runs and rebuilt slots there were until then,
 # and a result as a value
@@ -221,6 +221,10 @@ class Frames:
     def __init__(self, limit: int):
         self._limit = limit
         self._data = bytearray()
+
+    def begun(self) -> bool:
+        """Has a part of a message come?"""
+        return bool(self._data)
 
     def feed(self, data: bytes) -> list[bytes]:
         self._data += data

@@ -13,6 +13,7 @@ from pgrpo_jax import (
     config,
     data,
     fit,
+    hosts,
     optimizer,
     sharding,
     start,
@@ -25,6 +26,7 @@ from pgrpo_jax.models import load
 
 def run(cfg: config.Config) -> None:
     """The whole stage."""
+    hosts.join(cfg.mesh.hosts)
     out = start.folder(cfg, start.SFT)
     if not cfg.sft.steps or start.is_done(out):
         return

@@ -19,6 +19,7 @@ from pgrpo_jax import (
     config,
     fit,
     grpo,
+    hosts,
     make_pairs,
     metrics,
     report,
@@ -39,6 +40,7 @@ def run(cfg: config.Config) -> None:
     config.require(
         cfg.update.steps > 0, "update.steps is 0: there is nothing to train; set --update.steps"
     )
+    hosts.join(cfg.mesh.hosts)
     claim_folder(cfg)
     try:
         sft.run(cfg)

@@ -14,12 +14,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from pgrpo_jax import cli, config, data, fit, optimizer, sharding, start, supervised, tokenizer
+from pgrpo_jax import (
+    cli,
+    config,
+    data,
+    fit,
+    hosts,
+    optimizer,
+    sharding,
+    start,
+    supervised,
+    tokenizer,
+)
 from pgrpo_jax.models import load
 
 
 def run(cfg: config.Config) -> None:
     """The whole stage."""
+    hosts.join(cfg.mesh.hosts)
     out, settings = start.folder(cfg, start.REWARD_MODEL), cfg.reward_training
     if not settings.steps or start.is_done(out):
         return

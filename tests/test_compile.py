@@ -158,7 +158,7 @@ def small(**settings) -> c.Config:
     """The built-in world with every program there is, few rows, one layer."""
     tiny = cli.load("tiny")
     arch = dataclasses.replace(tiny.policy.architecture, layers=1, width=32, mlp=64)
-    model = dataclasses.replace(tiny.policy, architecture=arch)
+    model = c.ModelConfig(architecture=arch, compute=c.Compute(attention="reference"))
     return dataclasses.replace(
         tiny,
         policy=model,
@@ -250,7 +250,7 @@ def test_a_mistake_is_a_sentence_and_status_2(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("case", fits.CASES, ids=lambda case: "-".join(case[:2]))
-@pytest.mark.slow
+@pytest.mark.tpu
 def test_a_configuration_fits_the_slice_it_is_meant_for(case):
     pytest.importorskip("libtpu")
     rows = fits.compiled(*case)
@@ -258,7 +258,7 @@ def test_a_configuration_fits_the_slice_it_is_meant_for(case):
     assert all(row["fits"] for row in rows), [row["name"] for row in rows if not row["fits"]]
 
 
-@pytest.mark.slow
+@pytest.mark.tpu
 def test_the_compiler_refuses_what_is_too_large_and_the_command_says_so():
     pytest.importorskip("libtpu")
     command = [sys.executable, "-m", "pgrpo_jax.compile", "--topology", "v5e:1x1"]

@@ -160,7 +160,10 @@ def test_moments_lie_as_their_parameters_do():
 )
 def test_activations_are_split_by_the_letters_of_their_names(axes, shape, spec):
     on = mesh(2, 2, 2)
-    program = jax.jit(sharding.on(on, lambda x: sharding.constrain(x, axes)))
+    program = jax.jit(
+        sharding.on(on, lambda x: sharding.constrain(x, axes)),
+        in_shardings=sharding.replicated(on),
+    )
     assert program(jnp.zeros(shape)).sharding.is_equivalent_to(
         jax.sharding.NamedSharding(on, spec), len(shape)
     )
@@ -186,7 +189,8 @@ def test_a_kernel_gets_the_rows_and_heads_of_its_device(shape, monkeypatch):
 
     def values(on, name):
         function = jax.value_and_grad(functools.partial(loss, c.Compute(attention=name)), (0, 1, 2))
-        return jax.jit(sharding.on(on, function))(q_BTNH, k_BTKH, v_BTKH)
+        program = jax.jit(sharding.on(on, function), in_shardings=sharding.replicated(on))
+        return program(q_BTNH, k_BTKH, v_BTKH)
 
     wanted = jax.tree.leaves(values(mesh(1, 1, 1), "reference"))
     assert not seen
@@ -201,11 +205,13 @@ def test_a_kernel_gets_the_rows_and_heads_of_its_device(shape, monkeypatch):
 def test_key_heads_are_repeated_until_they_divide(heads, kv_heads, there):
     spread = sharding.on(mesh(1, 1, 4), lambda k: attention.for_tensor_axis(k, heads))
     k_BTKH = jnp.zeros((1, 2, kv_heads, 4))
-    assert jax.eval_shape(jax.jit(spread), k_BTKH).shape == (1, 2, there, 4)
+    assert jax.eval_shape(spread, k_BTKH).shape == (1, 2, there, 4)
 
 
 def test_query_heads_that_do_not_divide_are_refused_by_name():
-    with pytest.raises(ValueError, match="query/kernel.*4 does not divide over tensor = 8 devices"):
+    with pytest.raises(
+        ValueError, match="attention/out/kernel.*: 4 does not divide over tensor = 8"
+    ):
         sharding.shardings(params(), mesh(1, 1, 8))
 
 
