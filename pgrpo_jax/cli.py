@@ -51,8 +51,12 @@ def run(main: Callable[[Config], None], doc: str, argv: Sequence[str] | None = N
         sys.exit(2)
     if line.dry_run:
         print(to_json(line.run))
-    else:
-        main(line.run)
+        return
+    if line.run.compilation_cache:
+        from pgrpo_jax import compilation
+
+        compilation.keep(line.run.compilation_cache)
+    main(line.run)
 
 
 def parse(argv: Sequence[str], doc: str, program: str) -> CommandLine:

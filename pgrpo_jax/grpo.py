@@ -1,8 +1,8 @@
 """The P-GRPO loop: sample, judge, score the reasonings, update (arXiv 2508.05170, section 3.2)."""
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ import numpy as np
 
 from pgrpo_jax import (
     checkpoint,
+    collect,
+    compilation,
     config,
     data,
     evaluate,
@@ -20,7 +22,6 @@ from pgrpo_jax import (
     packing,
     progress,
     rewards,
-    rng,
     sandbox,
     start,
     tokenizer,
@@ -31,25 +32,6 @@ from pgrpo_jax.config import Architecture
 from pgrpo_jax.rollout import Engine
 
 STAGE, EVALUATE = "grpo", "evaluate"
-
-
-class Clock:
-    """Seconds by phase of one step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begin = time.perf_counter()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def metrics(self) -> dict[str, float]:
-        """time/<phase>_s and time/step_s."""
-        step_s = time.perf_counter() - self._begin
-        return {f"time/{name}_s": s for name, s in self.seconds.items()} | {"time/step_s": step_s}
 
 
 class Loop:
@@ -64,21 +46,23 @@ class Loop:
         scorer: rewards.ThinkingScorer,
         judge: sandbox.Judge,
     ):
-        self.cfg, self.words, self.judge, self.scorer = cfg, words, judge, scorer
+        self.cfg, self.words, self.judge = cfg, words, judge
+        self.compiled = compilation.Count()
         arch, params = policy
         self.engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)
         self.update = update.compile_update(cfg, arch, mesh)
         tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
+        self.logprobs = update.compile_logprobs(cfg, arch, mesh)
         self.reference = None
         if cfg.update.kl != "none":
             # A copy: the update donates the parameters it is given.
             frozen = jax.tree.map(lambda x: x.copy(), params)
-            program = update.compile_reference(cfg, arch, mesh)
-            self.reference = lambda batch: program(frozen, batch)
+            self.reference = lambda batch: self.logprobs(frozen, batch)
         self.state = optimizer.init_state(params, tx, mesh)
         pool, _ = data.prompts(start.problems(cfg, "train"), words, cfg.data)
         self.held, _ = data.prompts(start.problems(cfg, "evaluation"), words, cfg.data)
         self.batches = data.batches(pool, cfg.rollout.prompts_per_step, cfg.seed)
+        self.collector = collect.Collector(cfg, self.engine, words, judge, scorer, self.batches)
 
     def run(self) -> None:
         """Steps from the newest checkpoint to the last step.
@@ -100,22 +84,32 @@ class Loop:
                     self._evaluate(tests, 0)
                 with progress.bar(STAGE, steps, done) as advance:
                     for i in range(done, steps):
-                        values = self._step(log, i)
+                        every, last = cfg.evaluation.every_steps, i + 1 == steps
+                        saving = (i + 1) % cfg.logging.checkpoint_every_steps == 0
+                        # A checkpoint holds no completions: none are sampled ahead of one.
+                        ahead = cfg.rollout.one_step_off and not (last or saving)
+                        with self._timeline(i):
+                            values = self._step(log, i, ahead)
                         log.metrics(i, values)
                         advance(
                             **{"pass": values["rewards/outcome/mean"], "reward": values["reward"]}
                         )
-                        every, last = cfg.evaluation.every_steps, i + 1 == steps
                         if last or (every and (i + 1) % every == 0):
                             self._evaluate(tests, i + 1)
-                        saving = (i + 1) % cfg.logging.checkpoint_every_steps == 0
                         if last or saving or stop.requested:
                             checkpoints.save(
-                                i + 1, self.state, {"batches": self.batches.get_state()}
+                                i + 1, self.state, {"batches": self.collector.position}
                             )
                         if stop.requested and not last:
                             checkpoints.wait()
                             raise fit.Interrupted(STAGE, i + 1, steps)
+
+    def _timeline(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Writes timeline/ into the run's folder, for Perfetto and XProf, in the step asked for."""
+        if step + 1 != self.cfg.logging.timeline_step:
+            return contextlib.nullcontext()
+        folder = pathlib.Path(self.cfg.workdir) / "timeline"
+        return jax.profiler.trace(str(folder), create_perfetto_trace=True)
 
     def _restore(self, checkpoints: checkpoint.Checkpoints) -> int:
         restored = checkpoints.restore(fit.abstract(self.state))
@@ -135,7 +129,7 @@ class Loop:
         )
 
     def _evaluate(self, log: metrics.Log, step: int) -> None:
-        clock = Clock()
+        clock = collect.Clock()
         with clock.phase("evaluate"):
             values, judged = evaluate.evaluate(
                 self.cfg, self.engine, self.state.params, self.held, self.words, self.judge
@@ -143,29 +137,17 @@ class Loop:
         tokens = float(sum(len(j.completion.ids) for j in judged))
         log.metrics(step, values | clock.metrics() | {"tokens": tokens})
 
-    def _step(self, log: metrics.Log, step: int) -> dict[str, float]:
-        """One step; writes its completions and returns its metrics."""
-        cfg, clock = self.cfg, Clock()
-        prompts = next(self.batches)
-        session = rewards.Rewards(cfg, self.words, self.judge, self.scorer)
-        with clock.phase("rollout"):
-            stream = self.engine.generate(
-                self.state.params,
-                prompts,
-                cfg.rollout.num_generations,
-                rng.integer(cfg.seed, "rollout"),
-                step,
-            )
-            for completion in stream:
-                session.add(completion)
-        with clock.phase("judge"):
-            session.wait()
-        with clock.phase("thinking"):
-            scored = session.finish()
+    def _step(self, log: metrics.Log, step: int, ahead: bool) -> dict[str, float]:
+        """One step; writes its completions and returns its metrics. With `ahead` it samples those
+        of the next step before its own update."""
+        cfg, clock = self.cfg, collect.Clock()
+        scored, rollout = self.collector.collect(self.state.params, step, clock, ahead=ahead)
         with clock.phase("update"):
             batch = update_batch(cfg, scored)
             if self.reference is not None:
                 batch = batch.replace(ref_logp_ART=self.reference(batch))
+            if cfg.update.importance_cap and cfg.update.num_iterations > 1:
+                batch = batch.replace(old_logp_ART=self.logprobs(self.state.params, batch))
             for iteration in range(cfg.update.num_iterations):
                 self.state, values, advantage_B = self.update(self.state, batch)
                 if iteration == 0:
@@ -186,7 +168,8 @@ class Loop:
             **scored.values,
             **evaluate.oracle(judged),
             **length_metrics(scored.completions),
-            **self.engine.statistics.metrics(),
+            **rollout,
+            "compilations": float(self.compiled.value),
             **seconds,
             **speed,
         }

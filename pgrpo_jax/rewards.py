@@ -147,6 +147,41 @@ class Scored:
         ]
 
 
+def joined(parts: Sequence[Scored], places: Sequence[np.ndarray]) -> Scored:
+    """The completions of each part that `places` names, one after the other."""
+
+    def entries(name: str) -> tuple[Any, ...]:
+        return tuple(
+            getattr(part, name)[i] for part, index in zip(parts, places, strict=True) for i in index
+        )
+
+    def array(name: str) -> np.ndarray:
+        return np.concatenate(
+            [getattr(part, name)[index] for part, index in zip(parts, places, strict=True)]
+        )
+
+    terms = {
+        name: np.concatenate(
+            [part.terms[name][index] for part, index in zip(parts, places, strict=True)]
+        )
+        for name in parts[0].terms
+    }
+    parsed, results = entries("parsed"), entries("results")
+    return Scored(
+        completions=entries("completions"),
+        texts=entries("texts"),
+        parsed=parsed,
+        results=results,
+        r_format_B=array("r_format_B"),
+        r_outcome_B=array("r_outcome_B"),
+        r_thinking_B=array("r_thinking_B"),
+        r_extra_B=array("r_extra_B"),
+        valid_B=array("valid_B"),
+        terms=terms,
+        values=reward_metrics(results, parsed, terms),
+    )
+
+
 class Rewards:
     """Gathers one step's completions: `add` each as it streams in, `wait` for the judge,
     `finish`."""

@@ -6,8 +6,9 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    9: "train benchmarks.rollout",  # the whole run: it calls the stages
-    8: "grpo benchmarks.rollout_ours",
+    10: "train",  # the whole run: it calls the stages
+    9: "grpo benchmarks.rollout benchmarks.update",
+    8: "collect benchmarks.rollout_ours benchmarks.update_ours",
     7: "sft make_pairs train_reward evaluate rewards",
     6: "start fit update supervised report summary sandbox rollout",
     5: "decoding models.reward checkpoint sandbox_server",
@@ -15,10 +16,10 @@ FLOORS = {
     3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
     2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_run",
     1: "sharding algo world cli figures sandbox_proxy benchmarks.rollout_hf "
-    "benchmarks.rollout_tunix",
+    "benchmarks.rollout_tunix benchmarks.update_trl",
     0: "benchmarks.checkpoints benchmarks.machine benchmarks.workers "
-    "types config rng masked memory scheduler packing metrics parse compare charts interrupt "
-    "progress sandbox_wire sandbox_jail",
+    "types config rng masked memory scheduler packing compilation metrics parse compare charts "
+    "interrupt progress sandbox_wire sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
