@@ -87,6 +87,7 @@ class Engine:
         self._stop_ids, self._dtype = frozenset(stop_ids), compute.dtype
         self._parts = mesh.shape["data"] * mesh.shape["fsdp"]
         self._plans: dict[tuple[int, int], scheduler.Sizes] = {}
+        self._roomy: set[scheduler.Sizes] = set()
         self.warm: set[scheduler.Sizes] = set()
         self.statistics = Statistics()
         everywhere, cache = sharding.replicated(mesh), decoding.cache_sharding(arch, mesh)
@@ -174,11 +175,8 @@ class Engine:
             return self._plans[bucket, num_samples]
         slots = cfg.batch_size or cfg.prompts_per_step * cfg.num_generations
         owners = min(num_samples, slots)
-        bucket = next(bucket for bucket in cfg.prompt_buckets if bucket >= prompt_length)
-        prompt_table, own_table = (
-            max(math.ceil((bucket - 1) / page), 1),
-            -(-cfg.max_completion_length // page),
-        )
+        prompt_table = max(math.ceil((bucket - 1) / page), 1)
+        own_table = math.ceil(cfg.max_completion_length / page)
         prompts = min(slots, 2 * math.ceil(slots / owners) + 1)
         prompt_pages = self._rounded(prompts * prompt_table)
         affordable = memory.free_bytes(self._mesh) * cfg.memory_fraction / self._page_bytes()
@@ -198,10 +196,15 @@ class Engine:
             prompt_table=prompt_table,
             own_table=own_table,
         )
+        if 2 * (prompt_pages + own_pages) <= affordable:
+            self._roomy.add(plan)
         return plan
 
     def levels(self, sizes: scheduler.Sizes) -> list[int]:
-        """Sizes of the pool of own pages, up to all of them."""
+        """Sizes of the pool of own pages, up to all of them: it grows where memory can hold the old
+        and the new pool at once, and is there as a whole from the start where not."""
+        if sizes not in self._roomy:
+            return [sizes.own_pages]
         step = max(math.ceil(sizes.own_pages / LEVELS), MIN_PAGES)
         levels = range(step, sizes.own_pages + step, step)
         return [self._rounded(min(level, sizes.own_pages)) for level in levels]
@@ -221,10 +224,11 @@ class Engine:
         return jax.device_put(values, places)
 
     def _page_bytes(self) -> float:
-        """Of one page in all layers, over the devices that share it."""
-        arch = self._arch
+        """Of one page in all layers, over the devices that share it and its heads."""
+        arch, tensor = self._arch, self._mesh.shape["tensor"]
+        devices = self._parts * (tensor if arch.kv_heads % tensor == 0 else 1)
         numbers = 2 * arch.layers * arch.kv_heads * arch.head_dim * self.settings.page_size
-        return numbers * jnp.dtype(self._dtype).itemsize / self._parts
+        return numbers * jnp.dtype(self._dtype).itemsize / devices
 
     def _rounded(self, pages: int) -> int:
         return math.ceil(pages / self._parts) * self._parts
