@@ -119,6 +119,19 @@ def clipped(
     return low_BT, (ratio_BT > 1 + epsilon_high) & (advantage_BT > 0)
 
 
+def importance_weights(
+    logp_BT: jax.Array, sampler_logp_BT: jax.Array, mask_BT: jax.Array, *, cap: float
+) -> jax.Array:
+    """min(policy / sampler, cap) per token, without gradient, 0 outside the mask.
+
+    Truncated importance sampling, F. Yao et al., "Your efficient RL framework secretly brings you
+    off-policy RL training", 2025, after E. Ionides, 2008: corrects for a sampler whose
+    probabilities are not the trainer's, with a bounded variance.
+    """
+    ratio_BT = jnp.exp(jnp.where(mask_BT, logp_BT - sampler_logp_BT, 0))
+    return jax.lax.stop_gradient(jnp.where(mask_BT, jnp.minimum(ratio_BT, cap), 0))
+
+
 def k3(logp_BT: jax.Array, other_logp_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """r - 1 - log r, r = other / policy; its mean over the policy's tokens is KL(policy || other).
 

@@ -63,9 +63,13 @@ def run_line(
         sys.exit(2)
     if line.dry_run:
         print(to_json(line.run))
-    else:
-        allocator.keep_freed_memory()
-        main(line)
+        return
+    allocator.keep_freed_memory()
+    if line.run.compilation_cache:
+        from pgrpo_jax import compilation
+
+        compilation.keep(line.run.compilation_cache)
+    main(line)
 
 
 def parse(argv: Sequence[str], doc: str, program: str, kind: type[Line]) -> Line:

@@ -126,6 +126,7 @@ REMEDIES = {
     "prefill": "a smaller --rollout.batch-size, a longer --mesh.tensor, --rewards.offload",
     "decode": "a smaller --rollout.batch-size, a longer --mesh.tensor, --rewards.offload",
     "reward scoring": f"a smaller --rewards.thinking-batch-size, {_STATE}",
+    "policy logprobs": f"a smaller --policy.compute.logprob-mb, {_STATE}",
     "reference logprobs": f"a smaller --policy.compute.logprob-mb, --update.kl none, {_STATE}",
     "update": f"a smaller --update.micro-batch-size, --policy.{_MODEL}, a smaller "
     f"--policy.compute.logprob-mb, --rewards.offload, {_STATE}",

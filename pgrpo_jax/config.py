@@ -229,6 +229,9 @@ class RolloutConfig(Settings):
     page_size: Positive = 64  # tokens of a page of the key/value cache
     prefill_tokens: Positive = 4096  # of prompts, computed between two visits of the host
     memory_fraction: Fraction = 0.8  # of the free memory, that the cache may take
+    filter_groups: Literal["none", "outcome", "reward"] = "none"  # redraw groups that are all alike
+    filter_tries: Positive = 4  # times that prompts are drawn for one step, at most
+    one_step_off: bool = False  # sample a step's completions before the last step's update
 
     def __post_init__(self):
         super().__post_init__()
@@ -266,6 +269,7 @@ class UpdateConfig(Settings):
     num_iterations: Positive = 1
     micro_batch_size: Positive = 8  # packed rows a gradient is taken over at one time
     mask_truncated_completions: bool = False
+    importance_cap: NotNegative = 0.0  # truncated importance sampling; 0: off
     optimizer: Optimizer = Optimizer()
 
     def __post_init__(self):
@@ -328,6 +332,7 @@ class LoggingConfig(Settings):
     checkpoint_every_steps: Count = 50
     checkpoints_kept: Positive = 2
     wandb_project: str = ""  # "": off
+    timeline_step: Count = 0  # the P-GRPO step, from 1, whose timeline is written; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +343,7 @@ class Config(Settings):
     reward_model: ModelConfig
     seed: Count = 0
     workdir: str = "runs/tiny"
+    compilation_cache: str = "~/.cache/pgrpo_jax"  # compiled programs of earlier runs; "": none
     data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
     sft: SFTConfig = SFTConfig()
@@ -374,3 +380,11 @@ class Config(Settings):
             "rollout.temperature > 0, rollout.top_k = 0 and rollout.top_p = 1, got "
             f"{rollout.temperature}, {rollout.top_k} and {rollout.top_p}",
         )
+        if rollout.one_step_off:
+            require(
+                self.update.importance_cap > 0 and rollout.filter_groups == "none",
+                "rollout.one_step_off samples with the parameters of the step before, which needs "
+                "update.importance_cap > 0 as a correction, and cannot wait for outcomes to filter "
+                "groups by: set rollout.filter_groups = 'none'; got "
+                f"{self.update.importance_cap} and {rollout.filter_groups!r}",
+            )

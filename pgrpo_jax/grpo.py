@@ -1,9 +1,8 @@
 """The P-GRPO loop: sample, judge, score the reasonings, update (arXiv 2508.05170, section 3.2)."""
 
 import contextlib
-import dataclasses
-import time
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,11 +11,12 @@ import numpy as np
 from pgrpo_jax import (
     canaries,
     checkpoint,
+    collect,
+    compilation,
     config,
     data,
     evaluate,
     fit,
-    hosts,
     interrupt,
     metrics,
     optimizer,
@@ -24,7 +24,6 @@ from pgrpo_jax import (
     progress,
     reshard,
     rewards,
-    rng,
     sandbox,
     sharding,
     start,
@@ -36,25 +35,6 @@ from pgrpo_jax.config import Architecture
 from pgrpo_jax.rollout import Engine
 
 STAGE, EVALUATE = "grpo", "evaluate"
-
-
-class Clock:
-    """Seconds by phase of one step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begin = time.perf_counter()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def metrics(self) -> dict[str, float]:
-        """time/<phase>_s and time/step_s."""
-        step_s = time.perf_counter() - self._begin
-        return {f"time/{name}_s": s for name, s in self.seconds.items()} | {"time/step_s": step_s}
 
 
 class Loop:
@@ -69,23 +49,24 @@ class Loop:
         scorer: rewards.ThinkingScorer,
         judge: sandbox.Judge,
     ):
-        self.cfg, self.words, self.judge, self.scorer = cfg, words, judge, scorer
-        self.mesh = mesh
+        self.cfg, self.mesh, self.words, self.judge = cfg, mesh, words, judge
+        self.compiled = compilation.Count()
         arch, params = policy
         self.engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)
         self.reshard_bytes = float(reshard.received_bytes(arch, cfg.policy.compute, mesh))
         self.update = update.compile_update(cfg, arch, mesh)
         tx = optimizer.build(cfg.update.optimizer, cfg.update.steps * cfg.update.num_iterations)
+        self.logprobs = update.compile_logprobs(cfg, arch, mesh)
         self.reference = None
         if cfg.update.kl != "none":
             # A copy: the update donates the parameters it is given.
             frozen = jax.tree.map(lambda x: x.copy(), params)
-            program = update.compile_reference(cfg, arch, mesh)
-            self.reference = lambda batch: program(frozen, batch)
+            self.reference = lambda batch: self.logprobs(frozen, batch)
         self.state = optimizer.init_state(params, tx, mesh)
         pool, _ = data.prompts(start.problems(cfg, "train"), words, cfg.data)
         self.held, _ = data.prompts(start.problems(cfg, "evaluation"), words, cfg.data)
         self.batches = data.batches(pool, cfg.rollout.prompts_per_step, cfg.seed)
+        self.collector = collect.Collector(cfg, self.engine, words, judge, scorer, self.batches)
 
     def run(self) -> None:
         """Steps from the newest checkpoint to the last step.
@@ -110,22 +91,32 @@ class Loop:
                     for i in range(done, steps):
                         if cfg.judge.canary_every_steps and i % cfg.judge.canary_every_steps == 0:
                             canaries.stop_if_fooled(self.judge, i)
-                        values = self._step(log, i)
+                        every, last = cfg.evaluation.every_steps, i + 1 == steps
+                        saving = (i + 1) % cfg.logging.checkpoint_every_steps == 0
+                        # A checkpoint holds no completions: none are sampled ahead of one.
+                        ahead = cfg.rollout.one_step_off and not (last or saving)
+                        with self._timeline(i):
+                            values = self._step(log, i, ahead)
                         log.metrics(i, values)
                         advance(
                             **{"pass": values["rewards/outcome/mean"], "reward": values["reward"]}
                         )
-                        every, last = cfg.evaluation.every_steps, i + 1 == steps
                         if last or (every and (i + 1) % every == 0):
                             self._evaluate(tests, i + 1)
-                        saving = (i + 1) % cfg.logging.checkpoint_every_steps == 0
                         if last or saving or stop.requested:
                             checkpoints.save(
-                                i + 1, self.state, {"batches": self.batches.get_state()}
+                                i + 1, self.state, {"batches": self.collector.position}
                             )
                         if stop.requested and not last:
                             checkpoints.wait()
                             raise fit.Interrupted(STAGE, i + 1, steps)
+
+    def _timeline(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Writes timeline/ into the run's folder, for Perfetto and XProf, in the step asked for."""
+        if step + 1 != self.cfg.logging.timeline_step:
+            return contextlib.nullcontext()
+        folder = pathlib.Path(self.cfg.workdir) / "timeline"
+        return jax.profiler.trace(str(folder), create_perfetto_trace=True)
 
     def _restore(self, checkpoints: checkpoint.Checkpoints) -> int:
         restored = checkpoints.restore(fit.abstract(self.state))
@@ -145,7 +136,7 @@ class Loop:
         )
 
     def _evaluate(self, log: metrics.Log, step: int) -> None:
-        clock = Clock()
+        clock = collect.Clock()
         with clock.phase("evaluate"):
             values, judged = evaluate.evaluate(
                 self.cfg, self.engine, self.state.params, self.held, self.words, self.judge
@@ -153,44 +144,24 @@ class Loop:
         tokens = float(sum(len(j.completion.ids) for j in judged))
         log.metrics(step, values | clock.metrics() | {"tokens": tokens})
 
-    def _step(self, log: metrics.Log, step: int) -> dict[str, float]:
-        """One step; writes its completions and returns its metrics. Each process judges the
-        completions of some of the prompts."""
-        cfg, clock = self.cfg, Clock()
-        prompts, completions = next(self.batches), []
-        own = hosts.share(len(prompts))
-        session = rewards.Rewards(cfg, self.words, self.judge, self.scorer)
-        with clock.phase("rollout"):
-            stream = self.engine.generate(
-                self.state.params,
-                prompts,
-                cfg.rollout.num_generations,
-                rng.integer(cfg.seed, "rollout"),
-                step,
-            )
-            for completion in stream:
-                completions.append(completion)
-                if completion.group in own:
-                    session.add(completion)
-        with clock.phase("judge"):
-            session.wait()
-        with clock.phase("thinking"):
-            scored = session.finish()
+    def _step(self, log: metrics.Log, step: int, ahead: bool) -> dict[str, float]:
+        """One step; writes its completions and returns its metrics. With `ahead` it samples those
+        of the next step before its own update."""
+        cfg, clock = self.cfg, collect.Clock()
+        scored, rollout = self.collector.collect(self.state.params, step, clock, ahead=ahead)
         with clock.phase("update"):
-            batch = update_batch(cfg, completions, hosts.gather(scored.for_update()))
-            batch = sharding.put(batch, update.batch_sharding(self.mesh))
+            batch = sharding.put(update_batch(cfg, scored), update.batch_sharding(self.mesh))
             if self.reference is not None:
                 batch = batch.replace(ref_logp_ART=self.reference(batch))
+            if cfg.update.importance_cap and cfg.update.num_iterations > 1:
+                batch = batch.replace(old_logp_ART=self.logprobs(self.state.params, batch))
             for iteration in range(cfg.update.num_iterations):
                 self.state, values, advantage_B = self.update(self.state, batch)
                 if iteration == 0:
                     first = values
             values, advantage_B = jax.device_get((values | _mismatch(first), advantage_B))
-        G = cfg.rollout.num_generations
-        kept = scored.rows(advantage_B[own.start * G : own.stop * G])
-        everyones = hosts.gather([dataclasses.asdict(row) for row in kept])
-        log.completions(step, [metrics.CompletionRow(**row) for rows in everyones for row in rows])
-        tokens = sum(len(c.ids) for c in completions)
+        log.completions(step, scored.rows(advantage_B))
+        tokens = sum(len(c.ids) for c in scored.completions)
         seconds = clock.metrics()
         speed = {"tokens": float(tokens), "tokens_per_s": tokens / seconds["time/step_s"]}
         judged = [
@@ -201,9 +172,11 @@ class Loop:
         ]
         return {
             **{name: float(value) for name, value in values.items()},
-            **hosts.mean(scored.values | evaluate.oracle(judged, scored.terms["thinking"])),
-            **length_metrics(completions),
-            **self.engine.statistics.metrics(),
+            **scored.values,
+            **evaluate.oracle(judged, scored.terms["thinking"]),
+            **length_metrics(scored.completions),
+            **rollout,
+            "compilations": float(self.compiled.value),
             **seconds,
             **speed,
             "reshard/received_bytes": self.reshard_bytes,
@@ -225,26 +198,23 @@ def length_metrics(completions: Sequence[types.Completion]) -> dict[str, float]:
     }
 
 
-def update_batch(
-    cfg: config.Config,
-    completions: Sequence[types.Completion],
-    terms: Sequence[dict[str, list[float]]],
-) -> update.UpdateBatch:
-    """A step's completions, packed, with `Scored.for_update` of each process. The shape depends on
-    the prompts' bucket, and on which of two lengths of row suits the completions better, alone."""
-    completions = sorted(completions, key=lambda c: (c.group, c.sample))
+def update_batch(cfg: config.Config, scored: rewards.Scored) -> update.UpdateBatch:
+    """A step's completions, packed. The shape depends on the prompts' bucket, and on which of two
+    lengths of row suits the completions better, alone."""
+    completions = scored.completions
     lengths = [len(c.prompt_ids) + len(c.ids) for c in completions]
     bucket = max(len(c.prompt_ids) for c in completions)
     bucket = next(b for b in cfg.rollout.prompt_buckets if b >= bucket)
     longest, R = bucket + cfg.rollout.max_completion_length, cfg.update.micro_batch_size
     batches, T = packing.pack(lengths, longest, R)
     rows, micro_batches = update.packed(completions, batches, R, T)
-    everyones = {name: sum((one[name] for one in terms), []) for name in terms[0]}
-    valid_B = np.array(everyones.pop("valid_B"), bool)
     return update.UpdateBatch(
         rows=rows,
         micro_batches=micro_batches,
-        **{name: np.array(term_B, np.float32) for name, term_B in everyones.items()},
-        valid_B=valid_B,
+        r_format_B=scored.r_format_B,
+        r_outcome_B=scored.r_outcome_B,
+        r_thinking_B=scored.r_thinking_B,
+        r_extra_B=scored.r_extra_B,
+        valid_B=scored.valid_B,
         truncated_B=np.array([c.truncated for c in completions]),
     )

@@ -92,7 +92,9 @@ def programs(cfg: config.Config, mesh: Mesh, hbm_bytes: int) -> Iterator[Program
     yield from _rollout(cfg, policy, judge, mesh, hbm_bytes)
     yield _scoring(cfg, policy, judge, mesh)
     if cfg.update.kl != "none":
-        yield _reference(cfg, policy, judge, mesh)
+        yield _logprobs(cfg, policy, judge, mesh, "reference logprobs", "reference")
+    if cfg.update.importance_cap and cfg.update.num_iterations > 1:
+        yield _logprobs(cfg, policy, judge, mesh, "policy logprobs", "policy's parameters")
     yield _update(cfg, policy, judge, mesh)
 
 
@@ -348,8 +350,8 @@ def _update_batch(cfg: config.Config, mesh: Mesh) -> tuple[update.UpdateBatch, i
         return jax.ShapeDtypeStruct(shape, kinds.get(name, default), sharding=place)
 
     rows = {
-        name: field(name, (math.ceil(B / R), R, T), np.int32, place)
-        for name, place in vars(places.rows).items()
+        name: field(name, (math.ceil(B / R), R, T), np.int32, places.rows)
+        for name in update.Rows.__annotations__
     }
     numbers = {
         name: field(name, (B,), np.float32, place)
@@ -361,16 +363,21 @@ def _update_batch(cfg: config.Config, mesh: Mesh) -> tuple[update.UpdateBatch, i
     return batch, math.ceil(B * _longest(cfg) / (R * T))
 
 
-def _reference(
-    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh
+def _logprobs(
+    cfg: config.Config,
+    policy: Architecture,
+    judge: Architecture,
+    mesh: Mesh,
+    name: str,
+    used: str,
 ) -> Program:
     params, (batch, trips) = _policy(cfg, policy, mesh), _update_batch(cfg, mesh)
-    program = update.compile_reference(cfg, policy, mesh)
+    program = update.compile_logprobs(cfg, policy, mesh)
     return Program(
-        "reference logprobs",
+        name,
         lambda: program.lower(params.arguments, batch),
         {"parameters": params.bytes},
-        _waiting(cfg, policy, judge, mesh, "reference"),
+        _waiting(cfg, policy, judge, mesh, used),
         roofline.forward(policy, _completions(cfg), _longest(cfg), logits=True),
         executions=1,
         loop_trips=trips,
@@ -381,6 +388,8 @@ def _update(cfg: config.Config, policy: Architecture, judge: Architecture, mesh:
     state, (batch, trips) = _train_state(cfg, policy, mesh), _update_batch(cfg, mesh)
     if cfg.update.kl != "none":
         batch = batch.replace(ref_logp_ART=batch.rows.old_logp)
+    if cfg.update.importance_cap and cfg.update.num_iterations > 1:
+        batch = batch.replace(old_logp_ART=batch.rows.old_logp)
     step = update.compile_update(cfg, policy, mesh)
     rows, length = _completions(cfg), _longest(cfg)
     return Program(

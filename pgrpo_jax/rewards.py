@@ -151,12 +151,6 @@ class Scored:
     terms: dict[str, np.ndarray]
     values: dict[str, float]
 
-    def for_update(self) -> dict[str, list[float]]:
-        """The fields of `update.UpdateBatch` that are found out here, as another process can be
-        told."""
-        names = ("r_format_B", "r_outcome_B", "r_thinking_B", "r_extra_B", "valid_B")
-        return {name: getattr(self, name).tolist() for name in names}
-
     def rows(self, advantage_B: np.ndarray) -> list[metrics.CompletionRow]:
         """What completions.jsonl keeps."""
         return [
@@ -180,9 +174,51 @@ class Scored:
         ]
 
 
+def joined(parts: Sequence[Scored], places: Sequence[np.ndarray]) -> Scored:
+    """The completions of each part that `places` names, one after the other."""
+
+    def entries(name: str) -> tuple[Any, ...]:
+        return tuple(
+            getattr(part, name)[i] for part, index in zip(parts, places, strict=True) for i in index
+        )
+
+    def array(name: str) -> np.ndarray:
+        return np.concatenate(
+            [getattr(part, name)[index] for part, index in zip(parts, places, strict=True)]
+        )
+
+    terms = {
+        name: np.concatenate(
+            [part.terms[name][index] for part, index in zip(parts, places, strict=True)]
+        )
+        for name in parts[0].terms
+    }
+    parsed, results = entries("parsed"), entries("results")
+    return Scored(
+        completions=entries("completions"),
+        texts=entries("texts"),
+        parsed=parsed,
+        results=results,
+        r_format_B=array("r_format_B"),
+        r_outcome_B=array("r_outcome_B"),
+        r_thinking_B=array("r_thinking_B"),
+        r_extra_B=array("r_extra_B"),
+        valid_B=array("valid_B"),
+        terms=terms,
+        values=reward_metrics(results, parsed, terms),
+    )
+
+
+_Row = tuple[types.Completion, str, parse.Parsed, Future[types.Result] | None]
+
+
 class Rewards:
     """Gathers one step's completions: `add` each as it streams in, `wait` for the judge,
-    `finish`."""
+    `finish`.
+
+    With several processes each adds all of them, judges and scores those of its `own` groups (by
+    default of all), and is told of the others' in `finish`.
+    """
 
     def __init__(
         self,
@@ -190,25 +226,30 @@ class Rewards:
         words: tokenizer.Tokenizer,
         judge: sandbox.Judge,
         scorer: ThinkingScorer,
+        own: range | None = None,
     ):
         self._cfg, self._words, self._judge, self._scorer = cfg, words, judge, scorer
+        self._own = own
         self._functions = user_functions(cfg.rewards.functions)
         self._opening = words.opening(cfg.data.prefill)
-        self._rows: list[tuple[types.Completion, str, parse.Parsed, Future[types.Result]]] = []
+        self._rows: list[_Row] = []
         self._counters, self._begin = judge.counters, time.monotonic()
         self._judged_at: float | None = None
 
     def add(self, completion: types.Completion) -> None:
-        """Parses one completion and hands its program to the judge."""
+        """Parses one completion and hands its program to the judge, if this process does."""
         text = self._words.decode(completion.ids)
         parsed = parse.parse(text, self._opening)
-        verdict = self._judge.submit(parsed.program, completion.problem.tests)
+        verdict = None
+        if self._own is None or completion.group in self._own:
+            verdict = self._judge.submit(parsed.program, completion.problem.tests)
         self._rows.append((completion, text, parsed, verdict))
 
     def wait(self) -> None:
-        """Returns when every program is judged."""
+        """Returns when every program that is judged here is."""
         for *_, verdict in self._rows:
-            verdict.result()
+            if verdict is not None:
+                verdict.result()
         self._judged_at = self._judged_at or time.monotonic()
 
     def finish(self) -> Scored:
@@ -219,18 +260,17 @@ class Rewards:
         """
         self.wait()
         rows = sorted(self._rows, key=lambda row: (row[0].group, row[0].sample))
+        results, terms = self._everyones([row for row in rows if row[3] is not None])
         completions = [completion for completion, *_ in rows]
         texts, parsed = [text for _, text, *_ in rows], [parsed for _, _, parsed, _ in rows]
-        results = [verdict.result() for *_, verdict in rows]
         valid_B = np.array([result.verdict != "infra" for result in results])
         passed_B = np.array([result.verdict == "pass" for result in results])
-        thinking_B = self._thinking(completions, parsed, passed_B)
-        user_terms = self._user_terms(completions, texts)
-        terms = {
+        thinking_B = terms.pop("thinking")
+        said = {
             "format": np.array([p.well_formed for p in parsed], np.float32),
             "outcome": np.where(valid_B, passed_B, np.nan).astype(np.float32),
             "thinking": thinking_B,
-            **user_terms,
+            **terms,
         }
         read_B = passed_B | (self._cfg.update.gate in READS_ALL)
         return Scored(
@@ -238,14 +278,33 @@ class Rewards:
             texts=tuple(texts),
             parsed=tuple(parsed),
             results=tuple(results),
-            r_format_B=terms["format"],
+            r_format_B=said["format"],
             r_outcome_B=passed_B.astype(np.float32),
             r_thinking_B=np.where(read_B & ~np.isnan(thinking_B), thinking_B, np.float32(0)),
-            r_extra_B=total(list(user_terms.values()), len(rows)),
+            r_extra_B=total(list(terms.values()), len(rows)),
             valid_B=valid_B,
-            terms=terms,
-            values=reward_metrics(results, parsed, terms) | self._pace(),
+            terms=said,
+            values=reward_metrics(results, parsed, said) | hosts.mean(self._pace()),
         )
+
+    def _everyones(self, own: Sequence[_Row]) -> tuple[list[types.Result], dict[str, np.ndarray]]:
+        """The judge's results and the terms that are not read off the text, of all processes in
+        their order."""
+        completions, texts = [row[0] for row in own], [row[1] for row in own]
+        results = [verdict.result() for *_, verdict in own if verdict is not None]
+        passed_B = np.array([result.verdict == "pass" for result in results])
+        thinking_B = self._thinking(completions, [row[2] for row in own], passed_B)
+        terms = {"thinking": thinking_B, **self._user_terms(completions, texts)}
+        told = hosts.gather(
+            {
+                "results": [dataclasses.asdict(result) for result in results],
+                "terms": {name: term_B.tolist() for name, term_B in terms.items()},
+            }
+        )
+        return [_result(fields) for part in told for fields in part["results"]], {
+            name: np.concatenate([np.array(part["terms"][name], np.float32) for part in told])
+            for name in terms
+        }
 
     def _pace(self) -> dict[str, float]:
         """What the judge did while completions were decoded and after it."""
@@ -293,6 +352,12 @@ class Rewards:
             )
             terms[name] = np.array([np.nan if v is None else v for v in values], np.float32)
         return terms
+
+
+def _result(fields: dict[str, Any]) -> types.Result:
+    """From the fields as they come out of JSON."""
+    tuples = {name: tuple(fields[name]) for name in ("verdicts", "denied")}
+    return types.Result(**fields | tuples)
 
 
 def total(terms: Sequence[np.ndarray], count: int) -> np.ndarray:

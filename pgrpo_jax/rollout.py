@@ -86,6 +86,7 @@ class Engine:
         self._stop_ids, self._dtype = frozenset(stop_ids), compute.dtype
         self._parts = sharding.row_parts(mesh)
         self._plans: dict[tuple[int, int], scheduler.Sizes] = {}
+        self._roomy: set[scheduler.Sizes] = set()
         self.warm: set[scheduler.Sizes] = set()
         self.statistics = Statistics()
         everywhere, cache = sharding.replicated(mesh), decoding.cache_sharding(arch, mesh)
@@ -165,8 +166,11 @@ class Engine:
         memory that was free when the bucket was first met with this number of samples."""
         bucket = next(n for n in self.settings.prompt_buckets if n >= prompt_length)
         if (bucket, num_samples) not in self._plans:  # what is free changes, the shapes must not
-            plan = self.plan(bucket, num_samples, memory.free_bytes(self._mesh))
+            free_bytes = memory.free_bytes(self._mesh)
+            plan = self.plan(bucket, num_samples, free_bytes)
             self._plans[bucket, num_samples] = plan
+            if 2 * (plan.prompt_pages + plan.own_pages) <= self._affordable(free_bytes):
+                self._roomy.add(plan)
         return self._plans[bucket, num_samples]
 
     def plan(self, bucket: int, num_samples: int, free_bytes: int) -> scheduler.Sizes:
@@ -179,7 +183,7 @@ class Engine:
           ValueError: not even one completion fits.
         """
         most = self._most(bucket, num_samples)
-        affordable = int(free_bytes * self.settings.memory_fraction / self._page_bytes())
+        affordable = self._affordable(free_bytes)
         own_pages = min(most.own_pages, affordable - most.prompt_pages)
         if own_pages < most.own_table:
             raise ValueError(
@@ -188,6 +192,9 @@ class Engine:
                 "lower rollout.batch_size, rollout.prompt_buckets or rollout.max_completion_length"
             )
         return dataclasses.replace(most, own_pages=self._rounded(own_pages))
+
+    def _affordable(self, free_bytes: int) -> int:
+        return int(free_bytes * self.settings.memory_fraction / self._page_bytes())
 
     def least_bytes(self, bucket: int, num_samples: int) -> int:
         """Memory that has to be free for `plan` to find any."""
@@ -214,7 +221,10 @@ class Engine:
         )
 
     def levels(self, sizes: scheduler.Sizes) -> list[int]:
-        """Sizes of the pool of own pages, up to all of them."""
+        """Sizes of the pool of own pages, up to all of them: it grows where memory can hold the old
+        and the new pool at once, and is there as a whole from the start where not."""
+        if sizes not in self._roomy:
+            return [sizes.own_pages]
         step = max(math.ceil(sizes.own_pages / LEVELS), MIN_PAGES)
         levels = range(step, sizes.own_pages + step, step)
         return [self._rounded(min(level, sizes.own_pages)) for level in levels]

@@ -202,15 +202,19 @@ def row_parts(mesh: Mesh) -> int:
 
 
 def put(tree: Any, places: Any) -> Any:
-    """Host arrays, of which every process has the same, on the devices."""
+    """Host arrays, of which every process has the same, on the devices; `places` may be a prefix of
+    the tree."""
     if jax.process_count() == 1:
         return jax.device_put(tree, places)
 
+    # device_put would first send them all around, to compare them.
     def one(x: np.ndarray, place: NamedSharding) -> jax.Array:
-        # device_put would first send them all around, to compare them.
         return jax.make_array_from_callback(np.shape(x), place, np.asarray(x).__getitem__)
 
-    return jax.tree.map(one, tree, places)
+    def part(place: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda x: one(x, place), part)
+
+    return jax.tree.map(part, places, tree)
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:

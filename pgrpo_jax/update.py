@@ -43,7 +43,9 @@ class UpdateBatch(struct.PyTreeNode):
     reward functions, 0 without any; NaN (none had an opinion) adds nothing.
     valid_B (bool) is False for what nobody could judge: out of the statistics and of the loss.
     truncated_B (bool) marks completions cut by the length limit.
-    ref_logp_ART is `compile_reference`'s, needed by kl="k3" only.
+    ref_logp_ART is a frozen policy's, needed by kl="k3" only. old_logp_ART is the trainer's own
+    before the first of several iterations, needed with `importance_cap` only. `compile_logprobs`
+    makes both.
     """
 
     rows: Rows
@@ -55,16 +57,18 @@ class UpdateBatch(struct.PyTreeNode):
     valid_B: jax.Array
     truncated_B: jax.Array
     ref_logp_ART: jax.Array | None = None
+    old_logp_ART: jax.Array | None = None
 
 
 class Terms(struct.PyTreeNode):
     """What the loss reads beside the tokens, [A, R, T] or [R, T]: mask (bool) of the tokens in the
-    loss, their advantage, their weight, and the reference's log-probability, if any."""
+    loss, their advantage, their weight, and `UpdateBatch`'s log-probabilities, if any."""
 
     mask: jax.Array
     advantage: jax.Array
     weight: jax.Array
     ref_logp: jax.Array | None
+    old_logp: jax.Array | None
 
 
 def packed(
@@ -122,7 +126,14 @@ def compile_update(
     )
 
     def update(state: optimizer.TrainState, batch: UpdateBatch):
-        groups = fold_rewards(cfg, batch)
+        groups = fold_rewards(
+            cfg,
+            batch.r_format_B,
+            batch.r_outcome_B,
+            batch.r_thinking_B,
+            batch.r_extra_B,
+            batch.valid_B,
+        )
         advantage_PG = advantages(cfg.update, groups)
         advantage_B = advantage_PG.reshape(-1)
         terms = loss_terms(cfg, batch, advantage_B)
@@ -151,20 +162,20 @@ def compile_update(
     return jax.jit(
         sharding.on(mesh, update),
         donate_argnums=0,
-        in_shardings=(places, batch_sharding(mesh, reference=cfg.update.kl != "none")),
+        in_shardings=(places, batch_sharding(mesh)),
         out_shardings=(places, everywhere, everywhere),
     )
 
 
-def compile_reference(
+def compile_logprobs(
     cfg: config.Config, arch: config.Architecture, mesh: jax.sharding.Mesh
 ) -> Callable[[Any, UpdateBatch], jax.Array]:
-    """The jitted (params, batch) -> ref_logp_ART, a frozen policy's word on the completions."""
+    """The jitted (params, batch) -> logp_ART, some policy's word on the completions."""
     shapes = jax.eval_shape(
         lambda key: decoder.init(arch, cfg.policy.compute, key), jax.random.key(0)
     )
 
-    def reference(params: Any, batch: UpdateBatch) -> jax.Array:
+    def every_row(params: Any, batch: UpdateBatch) -> jax.Array:
         def one(i, logp_ART):
             rows = jax.tree.map(lambda x: x[i], batch.rows)
             logp_RT, _ = completion_logprobs(cfg, arch, params, rows, rows.completion)
@@ -174,29 +185,34 @@ def compile_reference(
         return lax.fori_loop(0, batch.micro_batches, one, empty_ART)
 
     return jax.jit(
-        sharding.on(mesh, reference),
+        sharding.on(mesh, every_row),
         in_shardings=(sharding.shardings(shapes, mesh), batch_sharding(mesh)),
         out_shardings=sharding.micro_batches(mesh),
     )
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, reference: bool = False) -> UpdateBatch:
-    """Rows of a micro-batch over data and fsdp; what is one number a completion, everywhere. With
-    `reference` for a batch with its log-probabilities."""
+def batch_sharding(mesh: jax.sharding.Mesh) -> UpdateBatch:
+    """Rows of a micro-batch over data and fsdp; what is one number a completion, everywhere."""
     rows, everywhere = sharding.micro_batches(mesh), sharding.replicated(mesh)
-    numbers = {name: everywhere for name in UpdateBatch.__dataclass_fields__ if name[-2:] == "_B"}
-    packed = Rows(**dict.fromkeys(Rows.__dataclass_fields__, rows))
-    return UpdateBatch(packed, everywhere, **numbers, ref_logp_ART=rows if reference else None)
+    numbers = {name: everywhere for name in UpdateBatch.__annotations__ if name.endswith("_B")}
+    return UpdateBatch(rows, everywhere, **numbers, ref_logp_ART=rows, old_logp_ART=rows)
 
 
-def fold_rewards(cfg: config.Config, batch: UpdateBatch) -> Groups:
+def fold_rewards(
+    cfg: config.Config,
+    r_format_B: jax.Array,
+    r_outcome_B: jax.Array,
+    r_thinking_B: jax.Array,
+    r_extra_B: jax.Array,
+    valid_B: jax.Array,
+) -> Groups:
     """The gated reward, plus what the user's own functions gave."""
 
     def grouped(x_B):
         return x_B.reshape(-1, cfg.rollout.num_generations)
 
-    r_f, r_o, r_t = map(grouped, (batch.r_format_B, batch.r_outcome_B, batch.r_thinking_B))
-    extra_PG = jnp.nan_to_num(grouped(batch.r_extra_B), posinf=jnp.inf, neginf=-jnp.inf)
+    r_f, r_o, r_t = map(grouped, (r_format_B, r_outcome_B, r_thinking_B))
+    extra_PG = jnp.nan_to_num(grouped(r_extra_B), posinf=jnp.inf, neginf=-jnp.inf)
     gated_PG = {
         "posterior": lambda: algo.posterior_gate(r_f, r_o, r_t),
         "additive": lambda: algo.additive_gate(r_f, r_o, r_t),
@@ -209,7 +225,7 @@ def fold_rewards(cfg: config.Config, batch: UpdateBatch) -> Groups:
         thinking_PG=r_t,
         base_PG=algo.outcome_gate(r_f, r_o) + extra_PG,
         total_PG=gated_PG + extra_PG,
-        valid_PG=grouped(batch.valid_B),
+        valid_PG=grouped(valid_B),
     )
 
 
@@ -247,7 +263,13 @@ def loss_terms(cfg: config.Config, batch: UpdateBatch, advantage_B: jax.Array) -
             mask_ART, sequences, length=cfg.rollout.max_completion_length
         ),
     }[cfg.update.loss_type]()
-    return Terms(mask_ART, advantage_B[rows.owner], weights_ART, batch.ref_logp_ART)
+    return Terms(
+        mask=mask_ART,
+        advantage=advantage_B[rows.owner],
+        weight=weights_ART,
+        ref_logp=batch.ref_logp_ART,
+        old_logp=batch.old_logp_ART,
+    )
 
 
 def completion_logprobs(
@@ -272,19 +294,41 @@ def policy_loss(
     """The weighted sum of clipped loss and, if configured, beta KL; and (logp_RT, entropy_RT)."""
     settings = cfg.update
     logp_RT, entropy_RT = completion_logprobs(cfg, arch, params, rows, terms.mask)
+    old_logp_RT = _before_update(settings, rows, terms, logp_RT)
     loss_RT = algo.clipped_loss(
         logp_RT,
-        rows.old_logp,
+        old_logp_RT,
         terms.advantage,
         terms.mask,
         epsilon=settings.epsilon,
         epsilon_high=settings.epsilon_high,
     )
+    if settings.importance_cap:
+        loss_RT *= algo.importance_weights(
+            old_logp_RT, rows.old_logp, terms.mask, cap=settings.importance_cap
+        )
     loss_RT += {
         "none": lambda: jnp.zeros_like(loss_RT),
         "k3": lambda: settings.beta * algo.k3(logp_RT, _reference(terms), terms.mask),
     }[settings.kl]()
     return jnp.sum(loss_RT * terms.weight), (logp_RT, entropy_RT)
+
+
+def _before_update(
+    settings: config.UpdateConfig, rows: Rows, terms: Terms, logp: jax.Array
+) -> jax.Array:
+    """What the clipped ratio's denominator is: the sampler's log-probabilities, or, where their
+    distance to the trainer is corrected for by weights, the trainer's own before the update."""
+    if not settings.importance_cap:
+        return rows.old_logp
+    if settings.num_iterations == 1:
+        return lax.stop_gradient(logp)
+    if terms.old_logp is None:
+        raise ValueError(
+            "update.importance_cap with several update.num_iterations needs "
+            "UpdateBatch.old_logp_ART, got None; `compile_logprobs` makes it"
+        )
+    return terms.old_logp
 
 
 def accumulate(
@@ -360,7 +404,7 @@ def token_metrics(
     mask_ART = terms.mask
     low_ART, high_ART = algo.clipped(
         logp_ART,
-        rows.old_logp,
+        _before_update(settings, rows, terms, logp_ART),
         terms.advantage,
         epsilon=settings.epsilon,
         epsilon_high=settings.epsilon_high,
@@ -373,6 +417,12 @@ def token_metrics(
         "mismatch_p99": masked.quantile(distance_ART, mask_ART, 0.99),
         "mismatch_max": masked.peak(distance_ART, mask_ART),
     }
+    if settings.importance_cap:
+        old_logp_ART = _before_update(settings, rows, terms, logp_ART)
+        cap = settings.importance_cap
+        weights_ART = algo.importance_weights(old_logp_ART, rows.old_logp, mask_ART, cap=cap)
+        metrics["importance/mean"] = masked.mean(weights_ART, mask_ART)
+        metrics["importance/capped"] = masked.mean(weights_ART == cap, mask_ART)
     if settings.kl == "k3":
         metrics["kl"] = masked.mean(algo.k3(logp_ART, _reference(terms), mask_ART), mask_ART)
     return metrics
@@ -381,6 +431,6 @@ def token_metrics(
 def _reference(terms: Terms) -> jax.Array:
     if terms.ref_logp is None:
         raise ValueError(
-            "update.kl='k3' needs UpdateBatch.ref_logp_ART, got None; `compile_reference` makes it"
+            "update.kl='k3' needs UpdateBatch.ref_logp_ART, got None; `compile_logprobs` makes it"
         )
     return terms.ref_logp

@@ -159,6 +159,7 @@ def test_each_leaf_of_the_tree_is_an_option_with_its_type():
         "mesh.data": 2,
         "mesh.fsdp": 4,
         "mesh.tensor": -1,
+        "rollout.filter_groups": "reward",
         "update.kl": "k3",
         "update.steps": 0,
         "rollout.prompt_buckets": (64, 4096),
@@ -212,8 +213,9 @@ def test_dry_run_prints_what_would_run_and_runs_nothing(capsys, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(capsys.readouterr().out)
     seen = []
-    cli.run(seen.append, "A command.", ("--config", str(file), "--seed", "7"))
-    assert seen == [dataclasses.replace(parse(*argv), seed=7)]
+    changes = ("--seed", "7", "--compilation-cache", "")
+    cli.run(seen.append, "A command.", ("--config", str(file), *changes))
+    assert seen == [dataclasses.replace(parse(*argv), seed=7, compilation_cache="")]
     assert seen[0].rewards.functions == ("a:b", "c:d") and seen[0].update.gate == "additive"
 
 

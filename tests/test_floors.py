@@ -8,9 +8,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
     12: "benchmarks",
     11: "compile",
-    10: "suggest",
-    9: "train judge footprint",  # the whole run: it calls the stages
-    8: "grpo programs",
+    10: "suggest train",
+    9: "judge footprint grpo",  # the whole run: it calls the stages
+    8: "programs collect",
     7: "sft make_pairs train_reward evaluate rewards canaries",
     6: "start fit update supervised report summary sandbox sandbox_server rollout",
     5: "models.reward checkpoint sandbox_pool reshard decoding",
@@ -20,7 +20,7 @@ FLOORS = {
     "kernels.flash_attention roofline kernels.paged_attention",
     1: "kernels.attention sharding algo world cli figures sandbox_proxy topology memory",
     0: "types config rng masked metrics allocator parse compare charts interrupt progress "
-    "sandbox_wire sandbox_jail sandbox_probes hlo hosts scheduler packing",
+    "sandbox_wire sandbox_jail sandbox_probes hlo hosts scheduler packing compilation",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}

@@ -102,7 +102,10 @@ def sampled(on: jax.sharding.Mesh) -> list[tuple[int, int, list[int]]]:
     everywhere = jax.tree.map(lambda _: sharding.replicated(on), given)
     given = sharding.put(jax.device_get(given), everywhere)
     prompts = [
-        data.Prompt(types.Problem(str(n), "", types.Tests("assert", code=())), np.arange(n) + 7)
+        data.Prompt(
+            types.Problem(str(n), "", types.Tests("assert", code=("assert True",))),
+            np.arange(n) + 7,
+        )
         for n in range(1, 5)
     ]
     engine = rollout.Engine(CFG.rollout, ARCH, COMPUTE, on, stop_ids=(3, 10))

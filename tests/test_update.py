@@ -150,20 +150,45 @@ def test_rows_that_devices_cannot_split_are_refused():
         update.compile_update(config(micro_batch_size=3), ARCH, mesh(2))
 
 
-def test_the_reference_speaks_of_every_completions_tokens():
+def test_a_frozen_policy_speaks_of_every_completions_tokens():
     cfg = config(kl="k3", beta=0.1)
     params = decoder.init(ARCH, cfg.policy.compute, rng.key(0, "policy"))
     both = packed(4), packed(8)
     found = []
     for x in both:
-        logp_ART = update.compile_reference(cfg, ARCH, mesh())(
-            params, x.replace(ref_logp_ART=np.zeros_like(x.rows.old_logp))
-        )
+        logp_ART = update.compile_logprobs(cfg, ARCH, mesh())(params, x)
         at = x.rows.completion
         order = np.lexsort((x.rows.positions[at], x.rows.owner[at]))
         assert (np.asarray(logp_ART)[at] < 0).all()
         found.append(np.asarray(logp_ART)[at][order])
     np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_importance_weights_are_1_for_a_sampler_that_is_the_trainer_and_are_capped():
+    x = packed(4)
+    params = decoder.init(ARCH, c.Compute(), rng.key(0, "policy"))
+    logp_ART = np.asarray(update.compile_logprobs(config(), ARCH, mesh())(params, x))
+    same_sampler = x.replace(rows=x.rows.replace(old_logp=logp_ART))
+    plain = step(config(), same_sampler, mesh())
+    weighed = step(config(importance_cap=2.0), same_sampler, mesh())
+    np.testing.assert_allclose(weighed[0].pop("importance/mean"), 1, rtol=1e-5)
+    assert weighed[0].pop("importance/capped") == 0
+    same(plain, weighed)
+    # A sampler that gave each token a third of the probability: ratios of 3, all cut to 2.
+    third = x.replace(rows=x.rows.replace(old_logp=logp_ART - np.float32(np.log(3))))
+    values, moments, _ = step(config(importance_cap=2.0), third, mesh())
+    assert values["importance/capped"] == 1 and values["importance/mean"] == 2
+    np.testing.assert_allclose(values["loss"], 2 * plain[0]["loss"], rtol=1e-4)
+
+
+def test_several_iterations_clip_against_the_trainer_before_them():
+    x, cfg = packed(4), config(importance_cap=2.0, num_iterations=2)
+    with pytest.raises(ValueError, match="needs UpdateBatch.old_logp_ART, got None"):
+        step(cfg, x, mesh())
+    params = decoder.init(ARCH, c.Compute(), rng.key(0, "policy"))
+    logp_ART = update.compile_logprobs(cfg, ARCH, mesh())(params, x)
+    once = step(config(importance_cap=2.0), x, mesh())
+    same(step(cfg, x.replace(old_logp_ART=logp_ART), mesh()), once)
 
 
 def test_memory_of_the_loss_does_not_grow_with_the_vocabulary():

@@ -1,0 +1,85 @@
+"""Our GRPO step as a worker of `benchmarks.update`.
+
+python -m benchmarks.update_ours CHECKPOINT
+"""
+
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import machine, workers
+from pgrpo_jax import config as c
+from pgrpo_jax import optimizer, packing, sharding, types, update
+from pgrpo_jax.models import load
+
+PROMPT, LONGEST = 64, 128  # tokens
+ROWS = 8  # computed at once
+
+
+class Answers:
+    """One training state; the batch's rewards make the advantages that the job holds."""
+
+    def __init__(self, checkpoint: str):
+        self._mesh = sharding.make_mesh(c.MeshConfig())
+        arch, params = load.load_policy(checkpoint, c.Compute(), self._mesh)
+        model = c.ModelConfig(architecture=arch)
+        self._cfg = c.Config(
+            policy=model,
+            reward_model=model,
+            data=c.DataConfig(max_prompt_length=PROMPT),
+            rollout=c.RolloutConfig(max_completion_length=LONGEST, prompt_buckets=(PROMPT,)),
+            update=c.UpdateConfig(steps=1000, loss_type="sequence", micro_batch_size=ROWS),
+        )
+        tx = optimizer.build(self._cfg.update.optimizer, 1000)
+        self._logprobs = update.compile_logprobs(self._cfg, arch, self._mesh)
+        self._update = update.compile_update(self._cfg, arch, self._mesh)
+        self._state = optimizer.init_state(params, tx, self._mesh)
+
+    def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
+        batch = self._batch(job)
+        logp_ART = np.asarray(self._logprobs(self._state.params, batch))
+        batch = batch.replace(rows=batch.rows.replace(old_logp=logp_ART))
+        begin = time.perf_counter()
+        self._state, values, _ = self._update(self._state, batch)
+        jax.block_until_ready(self._state.params)
+        return {
+            "seconds": time.perf_counter() - begin,
+            "peak_mb": machine.resident_mb(),
+            **{n: float(values[n]) for n in ("loss", "grad_norm", "update/padding")},
+        }
+
+    def _batch(self, job: dict[str, Any]) -> update.UpdateBatch:
+        tests = types.Tests(kind="assert", code=("assert True",))
+        completions = [
+            types.Completion(
+                problem=types.Problem("", "", tests),
+                prompt_ids=np.array(prompt, np.int32),
+                ids=np.array(ids, np.int32),
+                logps=np.zeros(len(ids), np.float32),
+                truncated=False,
+                group=0,
+                sample=0,
+            )
+            for prompt, ids in zip(job["prompts"], job["completions"], strict=True)
+        ]
+        lengths = [len(x.prompt_ids) + len(x.ids) for x in completions]
+        batches, T = packing.pack(lengths, PROMPT + LONGEST, ROWS)
+        rows, micro_batches = update.packed(completions, batches, ROWS, T)
+        B = len(completions)
+        return update.UpdateBatch(
+            rows=rows,
+            micro_batches=micro_batches,
+            r_format_B=np.zeros(B, np.float32),
+            r_outcome_B=np.array(job["rewards"], np.float32),
+            r_thinking_B=np.zeros(B, np.float32),
+            r_extra_B=np.zeros(B, np.float32),
+            valid_B=np.ones(B, bool),
+            truncated_B=np.zeros(B, bool),
+        )
+
+
+if __name__ == "__main__":
+    workers.serve(Answers(sys.argv[1]), sys.stdin, sys.stdout)
