@@ -186,7 +186,9 @@ def test_key_heads_are_repeated_until_they_divide(heads, kv_heads, there):
 
 
 def test_query_heads_that_do_not_divide_are_refused_by_name():
-    with pytest.raises(ValueError, match="attention/out/kernel.*: 4 does not divide over tensor = 8"):
+    with pytest.raises(
+        ValueError, match="attention/out/kernel.*: 4 does not divide over tensor = 8"
+    ):
         sharding.shardings(params(), mesh(1, 1, 8))
 
 
@@ -275,7 +277,11 @@ def test_two_processes_take_the_step_that_one_takes(tmp_path):
         )
         for i in range(2)
     ]
-    errors = [worker.communicate(timeout=600)[1] for worker in workers]
+    try:
+        errors = [worker.communicate(timeout=600)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], errors
     state, metrics, advantage_B = on_one_device()
     wanted = jax.tree.leaves((state.params, metrics))
