@@ -6,7 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    9: "train judge",  # the whole run: it calls the stages
+    9: "train judge benchmarks.judge benchmarks.judge_soak",  # train calls the stages
     8: "grpo",
     7: "sft make_pairs train_reward evaluate rewards canaries",
     6: "start fit update supervised report summary sandbox sandbox_server",
