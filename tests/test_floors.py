@@ -11,13 +11,14 @@ FLOORS = {
     7: "sft make_pairs train_reward evaluate rewards",
     6: "start fit update supervised report summary sandbox",
     5: "rollout models.reward checkpoint sandbox_server",
-    4: "models.decoder models.load data sandbox_work sandbox_zygote",
-    3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
+    4: "models.decoder models.load data sandbox_work sandbox_zygote benchmarks.kernels",
+    3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests "
+    "benchmarks.kernel_cases_paged benchmarks.xla_ops",
     2: "models.layers models.logprobs kernels.paged_attention tokenizer optimizer configs "
     "sandbox_run",
     1: "kernels.attention sharding algo world cli figures sandbox_proxy",
     0: "types config rng masked metrics parse compare charts interrupt progress sandbox_wire "
-    "sandbox_jail",
+    "sandbox_jail benchmarks.tpu_static",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
