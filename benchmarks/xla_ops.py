@@ -1,4 +1,4 @@
-"""What XLA leaves on the table where this code has no kernel: norm, rotary angles, log-probabilities.
+"""What XLA leaves on the table where this code has no kernel: norms, angles, log-probabilities.
 
     python -m benchmarks.xla_ops [--chips v5p v4 v5e]
 
