@@ -15,8 +15,7 @@ FLOORS = {
     6: "start fit update supervised report summary sandbox sandbox_server",
     5: "rollout models.reward checkpoint sandbox_pool reshard",
     4: "models.decoder models.load data sandbox_work sandbox_zygote",
-    3: "models.attention models.cache problems sampling sandbox_tests sandbox_check "
-    "",
+    3: "models.attention models.cache problems sampling sandbox_tests sandbox_check ",
     2: "sandbox_slot models.layers models.logprobs tokenizer optimizer configs sandbox_run "
     "kernels.flash_attention roofline kernels.paged_attention",
     1: "kernels.attention sharding algo world cli figures sandbox_proxy topology",
