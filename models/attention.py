@@ -1,5 +1,7 @@
 """Which attention a decoder runs, on each device's rows and heads."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 
 from pgrpo_jax import sharding
 from pgrpo_jax.config import Compute
-from pgrpo_jax.kernels import attention as kernel
+from pgrpo_jax.kernels import attention as plain
 from pgrpo_jax.kernels import flash_attention
 
 
@@ -37,17 +39,24 @@ def attend(
     )
 
 
-_reference = kernel.reference
+_reference = plain.reference
 
 
 def _pallas(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
     """The kernel sees columns, whose order is that of the positions within a segment."""
     k_BTKH, v_BTKH = (for_tensor_axis(x, q_BTNH.shape[2]) for x in (k_BTKH, v_BTKH))
     arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    on_devices = sharding.on_devices(
-        flash_attention.flash_attention, arrays, ("BTNH", "BTKH", "BTKH", "BT"), "BTNH"
-    )
-    return on_devices(*arrays)
+    kernel = functools.partial(flash_attention.flash_attention, **_blocks())
+    letters = ("BTNH", "BTKH", "BTKH", "BT")
+    return sharding.on_devices(kernel, arrays, letters, "BTNH")(*arrays)
+
+
+def _blocks() -> dict[str, flash_attention.BlockSizes]:
+    """Sizes other than the kernel's own: a core of v4 has 16 MiB of VMEM, later ones a multiple."""
+    if sharding.device_kind() != "TPU v4":
+        return {}
+    sizes = {"forward": flash_attention.FORWARD, "backward": flash_attention.BACKWARD}
+    return {way: dataclasses.replace(size, span=2048) for way, size in sizes.items()}
 
 
 def for_tensor_axis(k_BTKH: jax.Array, heads: int) -> jax.Array:

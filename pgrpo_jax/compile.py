@@ -113,9 +113,13 @@ def explain(report: Report) -> str:
     lines = [f"{report.name} does not fit {_gib(report.limit)} GiB: {parts}"]
     if report.failure:
         lines += [f"  {line}" for line in report.failure.splitlines() if line.strip()][:24]
-    return "\n".join([*lines, f"  What to change: {REMEDIES[report.name]}"])
+    remedy = KERNEL if "memory space vmem" in report.failure else REMEDIES[report.name]
+    return "\n".join([*lines, f"  What to change: {remedy}"])
 
 
+KERNEL = (
+    "the kernel's block sizes, which are too large for this chip; or compute.attention reference"
+)
 _STATE = "more devices on the fsdp axis"
 _MODEL = "compute.remat full"
 REMEDIES = {

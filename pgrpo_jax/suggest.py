@@ -1,8 +1,8 @@
 """The search for settings that fit a slice: mesh, rows of a micro-batch, rematerialisation, and
 completions decoded together.
 
-A formula puts the candidates in order, and the compiler has the last word: it is asked for one
-after the other until everything fits.
+Formulas leave out what cannot fit and put the other candidates in order; the compiler has the last
+word: it is asked for one after the other until everything fits.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import jax
 import rich.console
 
 from pgrpo_jax import config, footprint, programs, roofline, sharding, topology
@@ -72,7 +73,7 @@ def _reports(cfg: Config, name: str) -> Iterator[footprint.Report]:
 
 
 def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
-    """Every mesh (fsdp, tensor), micro-batch and rematerialisation that can be."""
+    """Every mesh (fsdp, tensor), micro-batch and rematerialisation that may fit."""
     devices, chip = topology.devices(name), topology.chip(name)
     arch, _ = programs.architectures(cfg)
     host = len(devices) // len({device.process_index for device in devices})
@@ -82,6 +83,7 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
         if arch.heads % tensor or arch.mlp % tensor or not _splits(cfg, parts):
             continue
         mesh = config.MeshConfig(data=1, fsdp=parts, tensor=tensor)
+        room = chip.hbm_bytes - _kept(dataclasses.replace(cfg, mesh=mesh), devices, chip.hbm_bytes)
         for each, remat in itertools.product(_powers(rows // parts), ("none", "dots", "full")):
             if rows % (each * parts):
                 continue
@@ -92,7 +94,28 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
                 policy=dataclasses.replace(cfg.policy, compute=compute),
                 update=dataclasses.replace(cfg.update, micro_batch_size=each * parts),
             )
-            yield Candidate(settings, seconds(settings, arch, chip, len(devices)))
+            if _saved(settings, arch) < room:
+                yield Candidate(settings, seconds(settings, arch, chip, len(devices)))
+
+
+def _kept(cfg: Config, devices: list[jax.Device], hbm_bytes: int) -> int:
+    """Bytes of a device that hold parameters and moments during an update."""
+    found = programs.programs(cfg, sharding.make_mesh(cfg.mesh, devices), hbm_bytes)
+    update = next(program for program in found if program.name == "update")
+    return sum(update.arguments.values()) + sum(update.resident.values())
+
+
+def _saved(cfg: Config, arch: Architecture) -> float:
+    """Bytes of a device that an update saves for the backward pass, at the least: the input of each
+    layer, and without full rematerialisation the results of its projections."""
+    compute, tensor = cfg.policy.compute, cfg.mesh.tensor
+    width = float(arch.width)
+    if compute.remat != "full":
+        heads = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+        width += (heads + 2 * arch.mlp) / tensor
+    rows = cfg.update.micro_batch_size / cfg.mesh.fsdp
+    length = cfg.rollout.prompt_buckets[-1] + cfg.rollout.max_completion_length
+    return rows * length * arch.layers * width * (2 if compute.dtype == "bfloat16" else 4)
 
 
 def _powers(most: int) -> list[int]:

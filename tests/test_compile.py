@@ -66,9 +66,9 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 def test_memory_counts_slices_and_not_what_they_are_cut_from():
-    # In the loop: a slice of 8 x 16 floats is read, its copy on the chip is free; 8 x 64 written.
-    # After it: 8 x 64 read and written.
-    assert hlo.memory_bytes(hlo.parse(LOOP)) == 5 * (8 * 16 * 4 + 2048) + 2 * 2048
+    # In the loop: a slice of 8 x 16 floats and its place are read, its copy on the chip is free;
+    # 8 x 64 are written. After it: 8 x 64 are read and written.
+    assert hlo.memory_bytes(hlo.parse(LOOP)) == 5 * (8 * 16 * 4 + 4 + 2048) + 2 * 2048
 
 
 def test_a_loop_that_ends_on_the_device_takes_the_trips_it_is_told():

@@ -305,7 +305,11 @@ def test_two_processes_sample_and_learn_what_one_does(tmp_path):
         )
         for i in range(2)
     ]
-    errors = [worker.communicate(timeout=600)[1] for worker in workers]
+    try:
+        errors = [worker.communicate(timeout=600)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], errors
     state, metrics, advantage_B = on_one_device()
     wanted = jax.tree.leaves((state.params, metrics))

@@ -1,0 +1,132 @@
+"""The kernels beside the best public ones, by the TPU compiler's schedule: no TPU is needed.
+
+    python -m benchmarks.kernels [--chips v5p v4 v5e]
+
+Needs the `tpu` extra, and tokamax for its rows. Cycles are a static LOWER BOUND: the schedule of
+one TensorCore, without waits for copies and without the limit of HBM, whose bytes stand beside it.
+Floors are what no schedule can go below: useful matrix work on units that never idle, for decode
+the bytes of the cache at the chip's bandwidth.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks import kernel_cases_paged as paged
+from benchmarks import tpu_static
+from benchmarks.tpu_static import Case, Chip, Compiled, Kernel
+from pgrpo_jax.kernels import paged_attention
+
+FLASH = "benchmarks.kernel_cases_flash"
+PUBLIC_PART = {"forward": 256, "backward": 512}  # tokamax' best columns of a pass
+PUBLIC_BLOCK = 1024
+PAGE_SIZES = (128, 16)
+
+
+def attention_cases(chip: Chip) -> Iterator[Case]:
+    flash = importlib.import_module(FLASH)
+    shape = flash.Shape()
+    for direction in ("forward", "backward"):
+
+        def case(name: str, build: str, options: dict, cycles: Callable, direction=direction):
+            return Case(
+                table=direction,
+                name=name,
+                build=f"{FLASH}:{build}",
+                options={"direction": direction} | options,
+                cycles=functools.partial(cycles, flash, direction=direction, cores=chip.cores),
+                floor_cycles=shape.floor_cycles(direction, chip.cores),
+                hbm_bytes=shape.hbm_bytes(direction),
+            )
+
+        yield case("ours", "build", {}, _own_cycles)
+        part = PUBLIC_PART[direction]
+        name, options = (
+            f"tokamax splash {PUBLIC_BLOCK}/{part}",
+            {"block": PUBLIC_BLOCK, "part": part},
+        )
+        yield case(name, "build_tokamax", options, _splash_cycles)
+
+
+def _attention_kernel(kernels: list[Kernel]) -> Kernel:
+    """The one with the matrix work: a backward pass makes the forward pass's results first."""
+    return max(kernels, key=lambda k: k.matrix_cycles(range(len(k.bundles))))
+
+
+def _own_cycles(flash: Any, kernels: list[Kernel], direction: str, cores: int) -> float:
+    return flash.cycles(_attention_kernel(kernels).main_loop(), direction, cores)
+
+
+def _splash_cycles(flash: Any, kernels: list[Kernel], direction: str, cores: int) -> float:
+    """A splash kernel visits the causal blocks of each head one by one; the others are no steps."""
+    kernel, shape = _attention_kernel(kernels), flash.Shape()
+    steps = kernel.main_loop()
+    own = [len(n.own()) for n in steps.walk() if n is not steps and kernel.matrix_cycles(n.own())]
+    step = kernel.step()
+    once = kernel.passed(steps, lambda n: n.trips or 1 if n.kind == "loop" else 1) - step
+    blocks = shape.T // PUBLIC_BLOCK
+    # Masked and unmasked blocks are two regions, of which a step takes one.
+    visit = step - sum(own) + max(own)
+    return shape.B * shape.N * (blocks * (blocks + 1) // 2 * visit + blocks * once) / cores
+
+
+def decode_cases(chip: Chip) -> Iterator[Case]:
+    for page in PAGE_SIZES:
+        own = paged_attention.BLOCKS.pages(page * paged.KEY_BYTES, paged.LENGTH // page) * page
+        kinds = [
+            ("ours", "build", {"write": False}, own),
+            ("ours, writing the new token", "build", {"write": True}, own),
+            ("jax ragged_paged_attention", "build_ragged", {"block": 512}, 512),
+            ("jax paged_attention", "build_paged", {"block": 512}, 512),
+        ]
+        for name, build, options, keys in kinds:
+            yield Case(
+                table=f"decode, page {page}",
+                name=f"{name}, blocks of {keys} keys",
+                build=f"benchmarks.kernel_cases_paged:{build}",
+                options={"page": page} | options,
+                cycles=functools.partial(paged.block_cycles, pages=keys // page),
+                floor_cycles=keys * paged.KEY_BYTES / chip.core_bytes_per_cycle,
+                hbm_bytes=keys * paged.KEY_BYTES,
+            )
+
+
+HEAD = (
+    "| | | static cycles of a core, lower bound | ms | floor, cycles | over the floor | HBM MB "
+    "| HBM ms | VMEM MiB |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row(chip: Chip, case: Case, compiled: Compiled) -> str:
+    if compiled.error:
+        return f"| {case.table} | {case.name} | does not compile: {compiled.error} | | | | | | |"
+    cycles = case.cycles(compiled.kernels)
+    vmem_mib = max(kernel.vmem_bytes for kernel in compiled.kernels) / 2**20
+    # A decode block is one core's, with its share of the bandwidth; a call has the whole chip.
+    decode = case.table.startswith("decode")
+    bandwidth = chip.hbm_bytes_per_s / (chip.cores if decode else 1)
+    return (
+        f"| {case.table} | {case.name} | {cycles:,.0f} | {chip.milliseconds(cycles):.4g} "
+        f"| {case.floor_cycles:,.0f} | {cycles / case.floor_cycles:.2f} "
+        f"| {case.hbm_bytes / 1e6:.4g} | {case.hbm_bytes / bandwidth * 1e3:.4g} | {vmem_mib:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chips", nargs="+", choices=tpu_static.CHIPS, default=[*tpu_static.CHIPS])
+    for name in parser.parse_args().chips:
+        chip = tpu_static.CHIPS[name]
+        cases = [*decode_cases(chip)]
+        if importlib.util.find_spec(FLASH):
+            cases = [*attention_cases(chip), *cases]
+        print(f"\n{name}: {chip.cores} cores, {chip.clock_hz / 1e9:g} GHz\n\n{HEAD}", flush=True)
+        for case, compiled in zip(cases, tpu_static.compile_cases(chip, cases), strict=True):
+            print(row(chip, case, compiled), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Reading the TPU compiler's schedule, by hand on small ones and on a dump of a real kernel."""
+
+import pytest
+
+from benchmarks import tpu_static
+from benchmarks.tpu_static import Kernel, Node
+
+UNITS = {"MXU": 4, "VALU": 4, "VLOAD": 3, "VLOAD:FILL": 3}
+
+
+def bundles(count, **code):
+    """`count` bundles, empty but for `code` given by number (`at3="..."`)."""
+    return [f" {i:#x}   : {{ {code.get(f'at{i}', '')} }}" for i in range(count)]
+
+
+def test_bundles_are_read_with_the_lines_that_go_on():
+    text = "head\n     0   :  { a }\n 0x1 LB: > { b ;;\n   c }\n 0x2   : >> { d }"
+    assert [b.split()[-2] for b in tpu_static.read_bundles(text)] == ["a", "c", "d"]
+
+
+def test_a_missing_bundle_is_an_error():
+    with pytest.raises(ValueError, match="bundle 1 of a dump calls itself 0x2"):
+        tpu_static.read_bundles(" 0x0   : { a }\n 0x2   : { b }")
+
+
+def test_usage_has_a_row_a_bundle():
+    text = "== CAPACITY:\nMXU, VALU\n    4     4\n== UTILIZATION:\n0 2\n4 1\n"
+    count, rows = tpu_static.read_usage(text)
+    assert count == {"MXU": 4, "VALU": 4}
+    assert rows == [{"MXU": 0, "VALU": 2}, {"MXU": 4, "VALU": 1}]
+
+
+def test_branches_back_are_loops_and_branches_forward_skip():
+    code = bundles(
+        40,
+        at4="sbr.rel (%p1) target bundleno = 30",  # skips from behind its delay slots: 9 to 30
+        at12="%s1 = sadd.s32 2, %s1",
+        at20="%p2 = scmp.lt.s32.totalorder %s1, 8 ;; sbr.rel (%p2) target bundleno = 10",
+    )
+    root = tpu_static.read_tree(code)
+    (region,) = root.children
+    (loop,) = region.children
+    assert (region.kind, region.start, region.end) == ("if", 9, 30)
+    assert (loop.kind, loop.start, loop.end, loop.trips) == ("loop", 10, 25, 4)  # 8 / 2
+    assert len(root.own()) == 40 - 21
+    assert len(region.own()) == 21 - 15
+
+
+def test_a_bound_that_is_no_constant_gives_no_trips():
+    root = tpu_static.read_tree(
+        bundles(20, at9="%p = scmp.lt.s32 %s1, %s2 ;; sbr.rel (%p) target bundleno = 3")
+    )
+    assert root.children[0].trips is None
+
+
+def test_a_pass_counts_each_region_as_often_as_it_is_said_to_run():
+    root = Node("root", 0, 100, children=[Node("loop", 10, 90)])
+    root.children[0].children = [Node("if", 20, 40), Node("loop", 50, 60, trips=3)]
+    usage = [dict.fromkeys(UNITS, 0) | {"MXU": 4 * (20 <= i < 30)} for i in range(100)]
+    kernel = Kernel("k", bundles(100), UNITS, usage, 0, root)
+    loop = kernel.main_loop()
+    assert (loop.start, loop.end) == (10, 90)
+    # 80 - 20 - 10 always, the region with matrix work once, the loop of 10 three times.
+    assert kernel.step() == 50 + 20 + 30
+    assert kernel.passed(loop, lambda node: 0) == 50
+    assert kernel.hot().start == 20
+    assert kernel.unit_floors(range(100)) == {"MXU": 10, "VALU": 0, "VLOAD": 0}
+
+
+def test_vmem_reaches_from_the_lowest_to_the_highest_address():
+    text = """
+    #allocation2 [shape = 'u8[8192]{0}', space=vmem, size = 0x2000, offset = 0x1000, tag = 'a']
+    #allocation3 [shape = 'u8[256]{0}', space=smem, size = 0x100, offset = 0x9000, tag = 'b']
+    #allocation4 [shape = 'u8[4096]{0}', space=vmem, size = 0x1000, offset = 0x4000, tag = 'c']
+    """
+    assert tpu_static.read_vmem_bytes(text) == 0x5000 - 0x1000
+
+
+def test_core_bytes_per_cycle_are_the_cores_share():
+    # 2.765e12 / 2 cores / 1.75e9 cycles
+    assert tpu_static.CHIPS["v5p"].core_bytes_per_cycle == pytest.approx(790)
