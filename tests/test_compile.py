@@ -229,6 +229,17 @@ def test_an_offloaded_reward_model_leaves_its_room_to_the_update():
     assert kept["reward model"] > 0 and "reward model" not in away
 
 
+def test_the_cache_takes_what_the_memory_leaves_and_at_least_one_completion():
+    cfg, mesh = small(), sharding.make_mesh(c.MeshConfig(tensor=2))
+    architectures = programs.architectures(cfg)
+    plenty, some, none = (
+        programs.rollout_sizes(cfg, *architectures, mesh, hbm_bytes)
+        for hbm_bytes in (2**30, 300_000, 0)
+    )
+    assert plenty.slots == 8 * 4 and plenty.own_pages == plenty.slots * plenty.own_table
+    assert none.own_table <= none.own_pages <= some.own_pages < plenty.own_pages
+
+
 def test_the_search_ends_with_settings_that_fit(slice_of_cpus, capsys, tmp_path, monkeypatch):
     status, out, _ = run(capsys, tmp_path, small(), "--suggest")
     assert status == 0 and "fits: --mesh.fsdp" in out
