@@ -72,6 +72,7 @@ def main() -> int:
                 seen[result.verdict] += 1
                 if (result.verdict == "pass") != right or result.verdict == "infra":
                     wrong.append(f"{name}: {result.verdict} {result.failure}")
+                    print(wrong[-1])
             pool = pool if begin else quick
             sizes.append(size(server))
             memory_mb, files = sizes[-1]
@@ -83,7 +84,6 @@ def main() -> int:
             )
     grown = growth(sizes)
     print(f"{dict(seen)}; growth of memory {grown[0]:.2f}, of descriptors {grown[1]:.2f}")
-    print(*wrong[:20], sep="\n")
     return int(bool(wrong) or max(grown) > MOST_GROWTH)
 
 

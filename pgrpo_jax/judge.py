@@ -219,7 +219,7 @@ def self_test(cfg: config.JudgeConfig) -> int:
         try:
             with sandbox.Judge(dataclasses.replace(cfg, tier=tier, allow_unsafe=False)) as judge:
                 print(f"{tier}: {judge.said}; held off:")
-                for name in sandbox_probes.PROBES:
+                for name in (*sandbox_probes.PROBES, "write to the machine's folders"):
                     print(f"    {name}")
                 if _says_right(judge):
                     trusted.append(tier)

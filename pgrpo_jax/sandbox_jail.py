@@ -92,7 +92,8 @@ _CALLS = {  # allowed: numbers on x86-64 and aarch64, None where it does not exi
     "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113),
     "clock_getres": (229, 114), "gettimeofday": (96, 169), "getitimer": (36, 102),
     "setitimer": (38, 103), "alarm": (37, None), "pause": (34, None), "getpid": (39, 172),
-    "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175),
+    "getppid": (110, 173), "getpriority": (140, 141),
+    "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175),
     "getgid": (104, 176), "getegid": (108, 177), "getresuid": (118, 148), "getresgid": (120, 150),
     "getgroups": (115, 158), "getpgid": (121, 155), "getpgrp": (111, None), "getsid": (124, 156),
     "uname": (63, 160), "fcntl": (72, 25), "flock": (73, 32), "fsync": (74, 82),
@@ -126,7 +127,8 @@ _CALLS = {  # allowed: numbers on x86-64 and aarch64, None where it does not exi
 }
 _IGNORED = {  # answer 0 and do nothing: modes and times of scratch files are nobody's business
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
-    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "fchown": (93, 55), "utime": (132, None), "utimes": (235, None), "futimesat": (261, None),
+    "utimensat": (280, 88),
 }
 _UNSUPPORTED = {  # answer ENOTSUP, which copying a file expects of many file systems
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "getxattr": (191, 8),
@@ -145,7 +147,7 @@ _REFUSED = {  # what programs try: names for reports; all that is in no table is
     "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "setuid": (105, 146), "setgid": (106, 144),
     "setresuid": (117, 147), "setresgid": (119, 149), "setgroups": (116, 159), "capset": (126, 91),
-    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54),
+    "chown": (92, None), "lchown": (94, None), "fchownat": (260, 54),
     "mknod": (133, None), "mknodat": (259, 33), "memfd_create": (319, 279), "shmget": (29, 194),
     "shmat": (30, 196), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "mlock": (149, 228), "mlockall": (151, 230), "bpf": (321, 280), "perf_event_open": (298, 241),
@@ -391,6 +393,7 @@ def build_root(readable: list[str], scratch_mb: int) -> None:
         os.close(descriptor)
     for name, target in (("stdin", "0"), ("stdout", "1"), ("stderr", "2"), ("fd", "")):
         os.symlink(f"/proc/self/fd/{target}".rstrip("/"), f"{root}/dev/{name}")
+    os.symlink(SCRATCH, f"{root}/dev/shm")  # where semaphores of threads are made
     for folder in ("/proc", SCRATCH, "/old"):
         os.mkdir(root + folder)
     _mount_proc(f"{root}/proc")

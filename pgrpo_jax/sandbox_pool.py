@@ -155,7 +155,7 @@ class Pool:
             file.write("what no program may read")
 
         def work() -> sandbox_slot.Work:
-            breaches.extend((yield from sandbox_work.probe(slot, outside, _temporary())))
+            breaches.extend((yield from sandbox_work.probe(slot, outside)))
 
         slot.work = work()
         slot.resume()

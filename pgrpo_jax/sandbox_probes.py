@@ -7,12 +7,13 @@ gets through does no harm.
 Part of the sandbox: standard library only.
 """
 
+import os
+
+FOLDERS = ("/dev/shm", "/var/tmp", "/tmp", "/run/lock", "/")
 PROBES = {
     "read a file outside": "open(outside).read(1)",
     "list folders outside": "os.listdir(os.path.dirname(outside))",
     "write a file outside": "create(outside + '.probe')",
-    "write to shared memory folders": "create('/dev/shm/judge-probe')",
-    "write to the machine's temporary folder": "create(os.path.join(temporary, 'judge-probe'))",
     "change the interpreter's library": "open(os.__file__, 'a')",
     "start a process": "os.fork() or os._exit(0)",
     "start a process by vfork": "import subprocess; subprocess.Popen(['/bin/true'])",
@@ -41,7 +42,7 @@ PROBES = {
 
 _HEAD = """
 import ctypes, errno, os, socket
-outside, temporary = input(), input()
+outside, trace = input(), input()
 libc = ctypes.CDLL(None, use_errno=True)
 
 def call(name, *arguments):
@@ -53,6 +54,13 @@ def refused(action):
         action()
     except PermissionError:
         raise
+    except OSError:
+        pass
+
+def leave(folder):
+    try:
+        with open(os.path.join(folder, trace), 'w'):
+            pass
     except OSError:
         pass
 
@@ -68,9 +76,20 @@ def program(names: list[str] | None = None) -> str:
     for name in names or PROBES:
         body = f"try:\n    {PROBES[name]}\n    print({name!r})\nexcept Exception:\n    pass\n"
         parts.append(body)
-    return "".join([*parts, "print('done')\n"])
+    leave = f"for folder in {FOLDERS!r}:\n    leave(folder)\n"
+    return "".join([*parts, leave, "print('done')\n"])
 
 
-def stdin(outside: str, temporary: str) -> bytes:
-    """What the script wants to read: a file and a folder that it must not reach."""
-    return f"{outside}\n{temporary}\n".encode()
+def stdin(outside: str, trace: str) -> bytes:
+    """What the script wants to read: a file that it must not reach, and a name for a file that it
+    leaves in FOLDERS. A jail may have folders of these names; the machine's must not have it."""
+    return f"{outside}\n{trace}\n".encode()
+
+
+def left_behind(trace: str) -> list[str]:
+    """FOLDERS of this machine in which the script could leave its file, which is deleted."""
+    paths = [os.path.join(folder, trace) for folder in FOLDERS]
+    found = [path for path in paths if os.path.exists(path)]
+    for path in found:
+        os.unlink(path)
+    return [f"write to {os.path.dirname(path)}" for path in found]

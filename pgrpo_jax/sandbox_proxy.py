@@ -31,6 +31,7 @@ from pgrpo_jax import sandbox_wire
 
 MESSAGE_LIMIT = 64 << 20
 PRINT_LIMIT = 1 << 20
+_ARRAY_KINDS = "biufcSU"  # of numpy: numbers, bytes and texts
 
 _PLAIN = (int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset, complex, bool)
 _PLAIN_NAMES = {name for kind in _PLAIN for name in dir(kind)}
@@ -190,6 +191,9 @@ class Link:
             return ["yours", value._handle]
         if self._guarded and isinstance(value, (*_HIDDEN, *_loaded("unittest", "TestCase"))):
             raise sandbox_wire.Unpackable(f"a {kind.__name__} is not for the program")
+        scalar = isinstance(value, _loaded("numpy", "generic"))
+        if (scalar or kind in _loaded("numpy", "ndarray")) and value.dtype.kind in _ARRAY_KINDS:
+            return ["array", value.dtype.str, list(value.shape), value.tobytes().hex(), scalar]
         if isinstance(value, type):
             return self._export_class(value)
         if isinstance(value, types.ModuleType):
@@ -282,6 +286,15 @@ class Link:
                 error.__dict__[name] = value
         return error
 
+    def _import_array(self, dtype: str, shape: list[int], body: str, scalar: bool) -> Any:
+        """An array of numbers or texts, by value: its class is not one of the program's."""
+        numpy = importlib.import_module("numpy")
+        kind = numpy.dtype(str(dtype))
+        if kind.kind not in _ARRAY_KINDS:
+            raise ValueError(f"an array of {dtype!r}")
+        array = numpy.frombuffer(bytes.fromhex(body), kind).reshape([int(n) for n in shape]).copy()
+        return array[()] if scalar else array
+
     def _import_module(self, name: str) -> Any:
         top = str(name).partition(".")[0]
         if top in sys.stdlib_module_names or name in sys.modules:
@@ -357,6 +370,7 @@ _IMPORTS: dict[str, Callable[..., Any]] = {
     "error class": Link._import_error_class,
     "error": Link._import_error,
     "module": Link._import_module,
+    "array": Link._import_array,
 }
 
 

@@ -20,6 +20,7 @@ from pgrpo_jax import sandbox_proxy, sandbox_wire
 
 JOB, CHANNEL, VERDICTS = 3, 4, 5  # descriptors, if the role has them
 FILE = "program.py"
+_ASKS_FOR_ITS_FILE = ("__file__", "sys.argv", "inspect")
 
 # What LeetCode, and LiveCodeBench's runner after it, give a `class Solution`.
 PRELUDE = """
@@ -95,7 +96,7 @@ def open_streams() -> None:
 def module(name: str) -> types.ModuleType:
     """An empty module in `sys.modules`, for a program of a file."""
     made = types.ModuleType(name)
-    made.__dict__.update(__builtins__=builtins, __file__=FILE, __annotations__={})
+    made.__dict__.update(__builtins__=builtins, __file__=os.path.abspath(FILE), __annotations__={})
     sys.modules[name] = made
     sys.argv = [FILE]
     sys.setrecursionlimit(1000 + _depth())
@@ -114,7 +115,15 @@ def _depth() -> int:
 
 def _script(source: str) -> None:
     main = module("__main__")
+    _leave_source(source)
     _leave(_execute(source, main), main)
+
+
+def _leave_source(source: str) -> None:
+    """Where programs that read themselves find it; the others do without, which is quicker."""
+    if any(word in source for word in _ASKS_FOR_ITS_FILE):
+        with open(FILE, "w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            file.write(source)
 
 
 def _checker(job: dict[str, Any]) -> None:
@@ -155,17 +164,20 @@ def _show(error: BaseException) -> None:
 
 
 def _leave(status: int, main: types.ModuleType) -> None:
-    """What an interpreter does at its end: threads, atexit, `__del__`, buffers."""
+    """What an interpreter does at its end: threads, atexit, buffers, its own streams back in their
+    places, `__del__`."""
+    whole = True
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        _flush()
+        whole = _flush()
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
         main.__dict__.clear()
     except SystemExit:
         pass
     except BaseException as error:
         _show(error)
-    os._exit(status if _flush() else status or 120)
+    os._exit(status if _flush() and whole else status or 120)
 
 
 def _flush() -> bool:
@@ -205,6 +217,7 @@ def load(source: str, program: types.ModuleType) -> None:
     if "class Solution" in source:
         exec(PRELUDE, program.__dict__)
         sys.setrecursionlimit(50_000)
+    _leave_source(source)
     exec(compile(source, FILE, "exec", dont_inherit=True), program.__dict__)
 
 

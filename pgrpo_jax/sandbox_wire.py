@@ -108,7 +108,7 @@ def _pack_derived(value: Any, foreign: Callable[[Any], Any] | None, depth: int) 
     if _is_named_tuple(value):
         parts = [kind.__name__, list(kind._fields), tuple(value)]
         return {"k": ["namedtuple", [_pack(part, foreign, depth + 1) for part in parts]]}
-    if foreign is not None:
+    if foreign is not None:  # which knows numpy's types too
         handle = foreign(value)
         if handle is not None:
             return {"o": handle}

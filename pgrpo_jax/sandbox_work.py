@@ -96,13 +96,12 @@ def judge(slot: sandbox_slot.Slot, job: dict[str, Any]) -> Work:
     return (yield from _KINDS[job["kind"]](slot, job))
 
 
-def probe(
-    slot: sandbox_slot.Slot, outside: str, temporary: str
-) -> Generator[None, None, list[str]]:
+def probe(slot: sandbox_slot.Slot, outside: str) -> Generator[None, None, list[str]]:
     """The attacks that this slot does not hold off; what is odd about the attempt itself counts."""
     limits = sandbox_slot.Limits(20.0, 512, 64, sandbox_slot.SCRATCH_MB)
     file = sandbox_slot.sealed_file(sandbox_probes.program().encode())
-    stdin = sandbox_probes.stdin(outside, temporary)
+    trace = f"judge-probe-{os.urandom(8).hex()}"
+    stdin = sandbox_probes.stdin(outside, trace)
     run = slot.start(sandbox_wire.SCRIPT, file, limits, stdin)
     os.close(file)
     while not run.over:
@@ -110,7 +109,7 @@ def probe(
     lines = bytes(run.output).decode().split("\n")
     if run.status != 0 or lines[-2:] != ["done", ""]:
         return [f"the attacks could not be tried: {_last_line(run) or run.stopped}"]
-    return lines[:-2]
+    return lines[:-2] + sandbox_probes.left_behind(trace)
 
 
 def total(job: dict[str, Any]) -> int:
