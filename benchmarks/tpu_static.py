@@ -374,7 +374,7 @@ def _compile(chip: Chip, builds: list[tuple[str, dict[str, Any]]], folder: pathl
                 compiled = jax.jit(function).lower(*placed).compile()
             hbm_bytes = compiled.cost_analysis()["bytes accessed"]
         except Exception as cause:  # too much VMEM, say: a row of the table, not its end
-            error = f"{type(cause).__name__}: {str(cause).splitlines()[0][:200]}"
+            error = f"{type(cause).__name__}: {str(cause)[:200]}".splitlines()[0]
         case = folder / f"case-{number}"
         case.mkdir()
         for path in folder.glob("*.txt"):

@@ -1,8 +1,10 @@
 """Reading the TPU compiler's schedule, by hand on small ones and on a dump of a real kernel."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import tpu_static
+from benchmarks import kernel_cases_paged, tpu_static, xla_ops
 from benchmarks.tpu_static import Kernel, Node
 
 UNITS = {"MXU": 4, "VALU": 4, "VLOAD": 3, "VLOAD:FILL": 3}
@@ -79,3 +81,29 @@ def test_vmem_reaches_from_the_lowest_to_the_highest_address():
 def test_core_bytes_per_cycle_are_the_cores_share():
     # 2.765e12 / 2 cores / 1.75e9 cycles
     assert tpu_static.CHIPS["v5p"].core_bytes_per_cycle == pytest.approx(790)
+
+
+def test_a_block_of_keys_pays_for_its_copies_and_its_products():
+    """A loop of 100: one that copies 8 pages in 20, one of a page in 5, a slot's end of 30."""
+    chunk, single, end = Node("loop", 10, 30), Node("loop", 30, 35), Node("if", 50, 80)
+    root = Node("root", 0, 120, children=[Node("loop", 0, 100, children=[chunk, single, end])])
+    copy = kernel_cases_paged.PAGE_COPY
+    code = bundles(120, at31=copy, **{f"at{i}": copy for i in range(10, 18)})
+    usage = [dict.fromkeys(UNITS, 0) | {"MXU": 4 * (i >= 85) * (i < 95)} for i in range(120)]
+    kernel = Kernel("k", code, UNITS, usage, 0, root)
+    always = 100 - 20 - 5 - 30
+    assert kernel_cases_paged.block_cycles([kernel], pages=16) == always + 2 * 20
+    assert kernel_cases_paged.block_cycles([kernel], pages=19) == always + 2 * 20 + 3 * 5
+
+
+def test_the_least_bytes_are_each_array_once():
+    norm = next(o for o in xla_ops.operations() if o.name == "RMSNorm")
+    assert norm.least_bytes == 2 * (2 * 4096 * 3584 * 2) + 3584 * 2
+
+
+def test_what_goes_beyond_the_least_is_what_is_left():
+    """2 GB at 1 TB/s would be 2 ms; XLA moves 2.5 GB, 0.5 ms more: a fifth of its 2.5 ms."""
+    chip = tpu_static.Chip("chip", "", 1e9, 1, 1e12)
+    two_gigabytes = jax.ShapeDtypeStruct((10**9,), jnp.int8)
+    operation = xla_ops.Operation("copy", lambda x: x, (two_gigabytes,))
+    assert xla_ops.row(chip, operation, 2.5e9).endswith("| 2.000 | 20% |")
