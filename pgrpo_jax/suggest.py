@@ -79,10 +79,12 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
     rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations
     for tensor in _powers(host):
         parts = len(devices) // tensor
-        if arch.heads % tensor or arch.mlp % tensor or not _splits(cfg, parts):
+        if arch.heads % tensor or arch.mlp % tensor or arch.width % parts:
+            continue
+        if not _splits(cfg, parts):
             continue
         mesh = config.MeshConfig(data=1, fsdp=parts, tensor=tensor)
-        room = chip.hbm_bytes - _kept(dataclasses.replace(cfg, mesh=mesh), devices)
+        room = chip.hbm_bytes - _kept(cfg, mesh, devices)
         for each, remat in itertools.product(_powers(rows // parts), ("none", "dots", "full")):
             if rows % (each * parts):
                 continue
@@ -97,9 +99,10 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
                 yield Candidate(settings, seconds(settings, arch, chip, len(devices)))
 
 
-def _kept(cfg: Config, devices: list[jax.Device]) -> int:
+def _kept(cfg: Config, mesh: config.MeshConfig, devices: list[jax.Device]) -> int:
     """Bytes of a device that hold parameters, moments and the cache, where they are most."""
-    found = programs.programs(cfg, sharding.make_mesh(cfg.mesh, devices))
+    whole = dataclasses.replace(cfg, update=dataclasses.replace(cfg.update, micro_batch_size=0))
+    found = programs.programs(whole, sharding.make_mesh(mesh, devices))
     return max(sum(p.arguments.values()) + sum(p.resident.values()) for p in found)
 
 
