@@ -80,10 +80,12 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
     rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations
     for tensor in _powers(host):
         parts = len(devices) // tensor
-        if arch.heads % tensor or arch.mlp % tensor or not _splits(cfg, parts):
+        if arch.heads % tensor or arch.mlp % tensor or arch.width % parts:
+            continue
+        if not _splits(cfg, parts):
             continue
         mesh = config.MeshConfig(data=1, fsdp=parts, tensor=tensor)
-        room = chip.hbm_bytes - _kept(dataclasses.replace(cfg, mesh=mesh), devices, chip.hbm_bytes)
+        room = chip.hbm_bytes - _kept(cfg, mesh, devices, chip.hbm_bytes)
         for each, remat in itertools.product(_powers(rows // parts), ("none", "dots", "full")):
             if rows % (each * parts):
                 continue
@@ -98,9 +100,13 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
                 yield Candidate(settings, seconds(settings, arch, chip, len(devices)))
 
 
-def _kept(cfg: Config, devices: list[jax.Device], hbm_bytes: int) -> int:
+def _kept(
+    cfg: Config, mesh: config.MeshConfig, devices: list[jax.Device], hbm_bytes: int
+) -> int:
     """Bytes of a device that hold parameters and moments during an update."""
-    found = programs.programs(cfg, sharding.make_mesh(cfg.mesh, devices), hbm_bytes)
+    least = dataclasses.replace(cfg.update, micro_batch_size=mesh.fsdp)
+    settings = dataclasses.replace(cfg, update=least)
+    found = programs.programs(settings, sharding.make_mesh(mesh, devices), hbm_bytes)
     update = next(program for program in found if program.name == "update")
     return sum(update.arguments.values()) + sum(update.resident.values())
 
