@@ -6,6 +6,8 @@ Axes stand in names, capitals after the last underscore, in memory order (`logp_
     P prompts               S key time, cache       N query heads      V vocabulary
     G samples of a prompt   C pairs                 K key/value heads  F mlp width
     1 a kept axis                                   H head dimension
+    A micro-batches         R rows of several sequences, or pieces of prompts
+    O owners of a page      E several axes as one
 """
 
 import pathlib
