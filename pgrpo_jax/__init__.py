@@ -5,8 +5,9 @@ Axes stand in names, capitals after the last underscore, in memory order (`logp_
     B samples (rows)        T query time, tokens    D width            L layers
     P prompts               S key time, cache       N query heads      V vocabulary
     G samples of a prompt   C pairs                 K key/value heads  F mlp width
-    1 a kept axis           R rows, packed or not   H head dimension
-    A micro-batches         X pages of the cache    M pages of a slot
+    1 a kept axis           X pages of the cache    H head dimension
+    A micro-batches         R rows of several sequences, or pieces of prompts
+    O owners of a page      M pages of a slot       E several axes as one
 """
 
 import pathlib

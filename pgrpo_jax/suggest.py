@@ -100,9 +100,7 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
                 yield Candidate(settings, seconds(settings, arch, chip, len(devices)))
 
 
-def _kept(
-    cfg: Config, mesh: config.MeshConfig, devices: list[jax.Device], hbm_bytes: int
-) -> int:
+def _kept(cfg: Config, mesh: config.MeshConfig, devices: list[jax.Device], hbm_bytes: int) -> int:
     """Bytes of a device that hold parameters and moments during an update."""
     least = dataclasses.replace(cfg.update, micro_batch_size=mesh.fsdp)
     settings = dataclasses.replace(cfg, update=least)
