@@ -51,14 +51,15 @@ class BlockSizes:
     span: int = 4096  # columns whose keys and values lie in VMEM together
     queries: int = 1024  # rows of a grid step
     keys: int = 1024  # columns of one pass of its loop
-    tile: int = 256  # rows and columns of what is left out of the triangle
+    part: int = 512  # rows and columns of a piece of a pass, whose scores exist at one time
+    tile: int = 256  # rows and columns of the steps of the triangle
 
     def __post_init__(self):
-        chain = (self.span, self.queries, self.keys, self.tile, LANES)
+        chain = (self.span, self.queries, self.keys, self.part, self.tile, LANES)
         if any(small < 1 or large % small for large, small in zip(chain, chain[1:], strict=False)):
             raise ValueError(
                 "block sizes must each be a multiple of the next, "
-                f"span, queries, keys, tile and {LANES}; got {self}"
+                f"span, queries, keys, part, tile and {LANES}; got {self}"
             )
 
     def fitted(self, length: int) -> "BlockSizes":
@@ -66,10 +67,10 @@ class BlockSizes:
         tile = min(self.tile, _up(length, LANES))
         blocks = _parts(length, self.queries)
         queries = _up(_parts(length, blocks), tile)
-        tiles = queries // tile
-        most = max(n for n in range(1, tiles + 1) if tiles % n == 0 and n * tile <= self.keys)
+        part = _divisor(queries, tile, self.part)
+        keys = _divisor(queries, part, self.keys)
         spans = _parts(blocks * queries, self.span)
-        return BlockSizes(_parts(blocks, spans) * queries, queries, most * tile, tile)
+        return BlockSizes(_parts(blocks, spans) * queries, queries, keys, part, tile)
 
 
 FORWARD = BlockSizes()
@@ -110,6 +111,13 @@ def _parts(n: int, size: int) -> int:
 
 def _up(n: int, multiple: int) -> int:
     return _parts(n, multiple) * multiple
+
+
+def _divisor(n: int, multiple: int, limit: int) -> int:
+    """The largest divisor of n up to `limit` that is a multiple of `multiple`, or `multiple`."""
+    return max(
+        d for d in range(multiple, n + 1, multiple) if n % d == 0 and d <= max(limit, multiple)
+    )
 
 
 def _repeat(x: jax.Array, columns: int) -> jax.Array:
@@ -199,36 +207,42 @@ def _forward_kernel(
     inputs = (q_ref, k_ref, v_ref, q_segments_ref, k_segments_ref)
     state = (top_ref, total_ref, acc_ref)
 
-    @pl.when(s == 0)
+    @pl.when((i == 0) & (s == 0))
     def _():
-        top_ref[...] = jnp.full_like(top_ref, LOWEST)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+        _reset(state, pl.ds(0, sizes.queries))
 
     @pl.loop(step.begin, step.end)
     def _(p):
-        column = pl.multiple_of(p * sizes.keys, sizes.keys)
-        for row in range(0, sizes.queries, sizes.tile):
-            rows = pl.ds(row, sizes.tile)
-            pieces = [(column, sizes.keys, False)]
-            for ref, x in zip(state, _softmax(inputs, state, rows, pieces, static), strict=True):
-                ref[rows, :] = x
+        start = pl.multiple_of(p * sizes.keys, sizes.keys)
+        for row in range(0, sizes.queries, sizes.part):
+            rows = pl.ds(row, sizes.part)
+            for column in range(0, sizes.keys, sizes.part):
+                pieces = [(start + column, sizes.part, False)]
+                new = _softmax(inputs, state, rows, pieces, static)
+                for ref, x in zip(state, new, strict=True):
+                    ref[rows, :] = x
 
     @pl.when(step.is_last & ~step.is_padding)
     def _():
-        for row in range(0, sizes.queries, sizes.tile):
+        *others, widest = range(0, sizes.queries, sizes.tile)
+        for row in (widest, *others):  # a narrow one at the end is soon done
             rows = pl.ds(row, sizes.tile)
-            pieces = [(step.own + row, sizes.tile, True)]
-            if row:
-                pieces.insert(0, (step.own, row, False))
+            pieces = [(step.own, row, False)] if row else []
+            pieces.append((step.own + row, sizes.tile, True))
             new = _softmax(inputs, state, rows, pieces, static)
-            out_ref[rows, :], lse = _finished(*new, out_ref.dtype, static)
-            lse_ref[:, rows] = lse
+            out_ref[rows, :], lse_ref[:, rows] = _finished(*new, out_ref.dtype, static)
+            # For the next block: here the stores hide behind the matrix units.
+            _reset(state, rows)
 
     @pl.when(step.is_last & step.is_padding)
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
         lse_ref[...] = jnp.zeros_like(lse_ref)
+
+
+def _reset(state, rows) -> None:
+    for ref, value in zip(state, (LOWEST, 0, 0), strict=True):
+        ref[rows, :] = jnp.full((rows.size, ref.shape[1]), value, jnp.float32)
 
 
 def _softmax(inputs, state, rows, pieces, static: _Static):
@@ -256,14 +270,22 @@ def _softmax(inputs, state, rows, pieces, static: _Static):
 
 
 def _finished(top, total, acc, dtype, static: _Static) -> tuple[jax.Array, jax.Array]:
-    """The block of the output, and its row of log2(sum(exp2(logits))); zeros without any key."""
-    factor = (static.soft_cap or static.scale) * LOG2_E
+    """The block of the output, and its row of log2(sum(exp2(logits))); zeros without any key.
+
+    In columns a register holds eight rows, in rows 128 of them: logarithms are for rows.
+    """
     total = total.sum(-1, keepdims=True)
-    is_empty = total == 0
-    out = (acc * jnp.where(is_empty, 0, 1 / total)).astype(dtype)
-    lse = jnp.where(is_empty, 0, top * factor + jnp.log2(total))
-    parts = [lse[row : row + LANES].T[:1] for row in range(0, lse.shape[0], LANES)]
-    return out, jnp.concatenate(parts, axis=1)
+    # The unit's own estimate and a step of Newton's are more than bfloat16 can hold.
+    estimate = pl.reciprocal(total, approx=dtype == jnp.bfloat16)
+    inverse = jnp.where(total == 0, 0, estimate * (2 - total * estimate))
+    out = (acc * inverse).astype(dtype)
+    columns = jnp.where(_iota(top.shape, 1) < LANES // 2, top, total)
+    parts = [columns[row : row + LANES].T for row in range(0, top.shape[0], LANES)]
+    top_row = jnp.concatenate([part[:1] for part in parts], axis=1)
+    total_row = jnp.concatenate([part[LANES // 2 : LANES // 2 + 1] for part in parts], axis=1)
+    factor = (static.soft_cap or static.scale) * LOG2_E
+    lse = top_row * factor + jnp.log2(jnp.where(total_row == 0, 1, total_row))
+    return out, jnp.where(total_row == 0, 0, lse)
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -367,8 +389,8 @@ def _backward_kernel(
     @pl.loop(step.begin, step.end)
     def _(p):
         start = pl.multiple_of(p * sizes.keys, sizes.keys)
-        for column in range(0, sizes.keys, sizes.tile):
-            columns = pl.ds(start + column, sizes.tile)
+        for column in range(0, sizes.keys, sizes.part):
+            columns = pl.ds(start + column, sizes.part)
             _gradients(inputs, sums, columns, pl.ds(0, sizes.queries), False, static)
 
     @pl.when(step.is_last & ~step.is_padding)

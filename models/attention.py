@@ -1,9 +1,37 @@
 """Which attention a decoder runs."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 
 from pgrpo_jax.config import Compute
 from pgrpo_jax.kernels import attention as kernel
+from pgrpo_jax.kernels import flash_attention
+
+PLATFORMS = {"pallas": "tpu", "cudnn": "gpu"}  # the reference runs everywhere
+
+
+def resolve(compute: Compute, platform: str) -> Compute:
+    """`compute` with a named attention instead of "auto": the best for "tpu", "gpu" or "cpu".
+
+    Raises:
+      ValueError: the named one does not run on that platform, or not in that dtype.
+    """
+    half = compute.dtype == "bfloat16"
+    best = {"tpu": "pallas", "gpu": "cudnn" if half else "reference"}.get(platform, "reference")
+    name = best if compute.attention == "auto" else compute.attention
+    if PLATFORMS.get(name, platform) != platform:
+        raise ValueError(
+            f"attention={name!r} runs on a {PLATFORMS[name]} and this is a {platform}; take 'auto' "
+            "or 'reference'"
+        )
+    if name == "cudnn" and not half:
+        raise ValueError(
+            f"attention='cudnn' computes in bfloat16, got dtype={compute.dtype!r}; take "
+            "dtype='bfloat16' or attention='reference'"
+        )
+    return dataclasses.replace(compute, attention=name)
 
 
 def attend(
@@ -16,12 +44,33 @@ def attend(
     positions_BS: jax.Array,
     segments_BS: jax.Array,
 ) -> jax.Array:
-    """out_BTNH by the implementation `compute.attention` names; masks as in `kernels.attention`."""
-    implementations = {"auto": kernel.reference, "reference": kernel.reference}
+    """out_BTNH by the implementation `compute.attention` names; masks as in `kernels.attention`.
+
+    The kernels are for tokens that attend each other, in the order of their columns: within a
+    segment positions rise from left to right. A query that reads a longer cache takes the
+    reference; a cache of as many columns as there are new tokens holds nothing else.
+    """
+    if compute.attention == "auto":
+        compute = resolve(compute, jax.default_backend())
+    implementations = {"pallas": _pallas, "cudnn": _cudnn, "reference": kernel.reference}
     if compute.attention not in implementations:
         raise ValueError(
             f"unknown attention {compute.attention!r}; known: {sorted(implementations)}"
         )
-    return implementations[compute.attention](
-        q_BTNH, k_BSKH, v_BSKH, positions_BT, segments_BT, positions_BS, segments_BS
+    among_themselves = q_BTNH.shape[1] == k_BSKH.shape[1]
+    implementation = implementations[compute.attention if among_themselves else "reference"]
+    rows = (positions_BT, segments_BT)
+    return implementation(q_BTNH, k_BSKH, v_BSKH, *rows, positions_BS, segments_BS)
+
+
+def _pallas(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
+    return flash_attention.flash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
+    """cuDNN gives a query without any key the mean of all values: here it gets zeros."""
+    same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
     )
+    return jnp.where((segments_BT > 0)[:, :, None, None], out_BTNH, 0)

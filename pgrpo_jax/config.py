@@ -116,7 +116,7 @@ class Compute(Settings):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: Positive = 1
-    attention: Literal["auto", "reference"] = "auto"
+    attention: Literal["auto", "pallas", "cudnn", "reference"] = "auto"  # auto: by the platform
     logprob_chunk: Positive = 1024  # tokens whose [chunk, V] logits exist at one time
 
 

@@ -125,6 +125,7 @@ def oracle(judged: Sequence[Judged]) -> dict[str, float]:
 
 def run(cfg: config.Config) -> None:
     """Evaluates the run's newest policy and prints a table."""
+    cfg = start.resolved(cfg)
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.newest_policy(cfg, mesh)
     engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids, words.pad_id)

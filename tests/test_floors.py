@@ -12,15 +12,17 @@ FLOORS = {
     6: "start fit update supervised report summary sandbox",
     5: "rollout models.reward checkpoint sandbox_server",
     4: "models.decoder models.load data sandbox_work sandbox_zygote",
-    3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
-    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_run",
-    1: "sharding algo world cli figures sandbox_proxy",
+    3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests "
+    "benchmarks.kernel_cases_flash",
+    2: "models.layers models.logprobs kernels.flash_attention tokenizer optimizer configs "
+    "sandbox_run",
+    1: "kernels.attention sharding algo world cli figures sandbox_proxy",
     0: "types config rng masked metrics parse compare charts interrupt progress sandbox_wire "
     "sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
-ARRAYS_ONLY = ("algo", "kernels.attention")
+ARRAYS_ONLY = ("algo", "kernels.attention", "kernels.flash_attention")
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -77,7 +79,10 @@ def test_configurations_are_imported_by_name_only():
 
 
 def test_what_is_mathematics_sees_arrays_only():
-    assert {lower for upper, lower in OWN if upper in ARRAYS_ONLY} <= {"masked"}
+    assert {lower for upper, lower in OWN if upper in ARRAYS_ONLY} <= {
+        "masked",
+        "kernels.attention",
+    }
 
 
 def test_the_outer_folders_are_never_imported_by_their_bare_names():
