@@ -41,7 +41,6 @@ LOWEST = -1e30  # where the running maximum begins: finite, so that exp2(-inf - 
 PRODUCT = (((1,), (0,)), ((), ()))  # a b
 ROWS = (((1,), (1,)), ((), ()))  # a b^T
 SUMS = (((0,), (0,)), ((), ()))  # a^T b
-VMEM_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +74,7 @@ class BlockSizes:
 
 FORWARD = BlockSizes()
 BACKWARD = BlockSizes()
+BACKWARD_V4 = BlockSizes(span=2048, queries=512, keys=512)  # a v4 has 16 MiB of VMEM, a v5p 64
 
 
 def reference(
@@ -99,6 +99,7 @@ class _Static(NamedTuple):
     scale: float
     soft_cap: float | None
     precision: lax.Precision
+    vmem_bytes: int  # what a kernel may use
     interpret: bool
 
 
@@ -177,8 +178,8 @@ def _step(first: jax.Array, i: jax.Array, s: jax.Array, sizes: BlockSizes) -> _S
     return _Step(
         begin=jnp.maximum(first - here, 0),
         end=jnp.minimum(before - here, passes),
-        own=pl.multiple_of((i % blocks) * sizes.queries, sizes.queries),
-        is_last=s == i // blocks,
+        own=pl.multiple_of(lax.rem(i, blocks) * sizes.queries, sizes.queries),
+        is_last=s == lax.div(i, blocks),
         is_padding=first > before,
     )
 
@@ -305,11 +306,11 @@ def _forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: _Static):
     blocks = sizes.span // sizes.queries
 
     def span(i, s):  # a span after the block's own columns is not fetched
-        return jnp.minimum(s, i // blocks)
+        return jnp.minimum(s, lax.div(i, blocks))
 
     rows = pl.BlockSpec((None, None, sizes.queries, H), lambda b, n, i, s, _: (b, n, i, 0))
     columns = pl.BlockSpec(
-        (None, None, sizes.span, H), lambda b, n, i, s, _: (b, n // group, span(i, s), 0)
+        (None, None, sizes.span, H), lambda b, n, i, s, _: (b, lax.div(n, group), span(i, s), 0)
     )
     return pl.pallas_call(
         functools.partial(_forward_kernel, sizes=sizes, static=static),
@@ -337,7 +338,7 @@ def _forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: _Static):
                 pltpu.VMEM((sizes.queries, H), jnp.float32),
             ],
         ),
-        compiler_params=_compiler_params("parallel", "parallel", "arbitrary", "arbitrary"),
+        compiler_params=_compiler_params(static, "parallel", "parallel", *["arbitrary"] * 2),
         interpret=static.interpret,
         name="flash_attention_forward",
     )(
@@ -486,7 +487,7 @@ def _backward(q_BNTH, k_BKTH, v_BKTH, segments_BT, dout_BNTH, lse_BN1T, delta_BN
                 pltpu.VMEM((sizes.span, H), jnp.float32),
             ],
         ),
-        compiler_params=_compiler_params("parallel", "parallel", *["arbitrary"] * 3),
+        compiler_params=_compiler_params(static, "parallel", "parallel", *["arbitrary"] * 3),
         interpret=static.interpret,
         name="flash_attention_backward",
     )(
@@ -515,26 +516,29 @@ def flash_attention(
     *,
     soft_cap: float | None = None,
     forward: BlockSizes = FORWARD,
-    backward: BlockSizes = BACKWARD,
+    backward: BlockSizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v -> out_BTNH, of q's dtype.
 
-    `soft_cap` turns the logits into cap * tanh(logits / cap) before the mask. `interpret` runs the
-    kernels on any platform, slowly.
+    `soft_cap` turns the logits into cap * tanh(logits / cap) before the mask. The block sizes of
+    the backward pass are, unless given, BACKWARD, or BACKWARD_V4 for that chip. `interpret` runs
+    the kernels on any platform, slowly.
 
     Raises:
       ValueError: shapes or dtypes that the kernels cannot do.
     """
     _check(q_BTNH, k_BTKH, v_BTKH, segments_BT, soft_cap)
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    is_float32 = q_BTNH.dtype == jnp.float32
+    is_float32, is_v4 = q_BTNH.dtype == jnp.float32, _is_v4()
+    backward = backward or (BACKWARD_V4 if is_v4 else BACKWARD)
     static = _Static(
         forward=forward.fitted(T),
         backward=backward.fitted(T),
         scale=H**-0.5,
         soft_cap=soft_cap,
         precision=lax.Precision.HIGHEST if is_float32 else lax.Precision.DEFAULT,
+        vmem_bytes=(16 if is_v4 else 32) * 2**20,
         interpret=interpret,
     )
     q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -621,5 +625,11 @@ def _in_sublanes(segments_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(ids_BT1, (*segments_BT.shape, LANES))
 
 
-def _compiler_params(*semantics: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES)
+def _compiler_params(static: _Static, *semantics: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=static.vmem_bytes)
+
+
+def _is_v4() -> bool:
+    """Whether this is traced for a v4: the device of the mesh in context, or the default one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or jax.devices()[0]).device_kind == "TPU v4"
