@@ -1,4 +1,4 @@
-"""Flash attention for the static measurements: ours and the best public kernel, both directions.
+"""Flash attention for the static measurements: what to compile, and what its schedule adds up to.
 
 Qwen2.5-7B's shapes by default: 28 query heads, 4 key heads of 128, two causal rows of 4096 tokens
 in bfloat16, compared segment by segment as packed rows need it. One segment a row is the longest
@@ -46,45 +46,11 @@ class Shape:
 def build(*, direction: Direction = "forward", **options: int):
     """(function, abstract arguments) of our kernel; options are those of Shape and BlockSizes."""
     shape, sizes = _split(direction, options)
-    q, k, segments = _arguments(shape, heads_first=False)
+    q, k, segments = _arguments(shape)
 
     def forward(q, k, v, segments):
         chosen = {direction: sizes}
         return flash_attention.flash_attention(q, k, v, segments, **chosen)
-
-    def backward(q, k, v, segments):
-        return jax.vjp(lambda *qkv: forward(*qkv, segments), q, k, v)[1](q)
-
-    return {"forward": forward, "backward": backward}[direction], [q, k, k, segments]
-
-
-def build_tokamax(
-    *, direction: Direction = "forward", block: int = 1024, part: int = 256, **options: int
-):
-    """The same of tokamax' splash attention, fused backward pass. Needs `tokamax`."""
-    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
-    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
-
-    shape = Shape(**options)
-    q, k, segments = _arguments(shape, heads_first=True)
-    config = splash.SplashConfig(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=part,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=part,
-        use_base2_exp=True,
-    )
-    kernel = splash.make_splash_mha_single_device(
-        masks.CausalMask((shape.T, shape.T)), config=config
-    )
-
-    def forward(q, k, v, segments):
-        def row(q, k, v, ids):
-            return kernel(q, k, v, splash.SegmentIds(ids, ids))
-
-        return jax.vmap(row)(q, k, v, segments)
 
     def backward(q, k, v, segments):
         return jax.vjp(lambda *qkv: forward(*qkv, segments), q, k, v)[1](q)
@@ -142,10 +108,9 @@ def _split(direction: Direction, options: dict[str, int]) -> tuple[Shape, BlockS
     return shape, dataclasses.replace(DEFAULTS[direction], **sizes)
 
 
-def _arguments(shape: Shape, heads_first: bool) -> list[jax.ShapeDtypeStruct]:
+def _arguments(shape: Shape) -> list[jax.ShapeDtypeStruct]:
     def rows(heads: int) -> jax.ShapeDtypeStruct:
-        axes = (heads, shape.T) if heads_first else (shape.T, heads)
-        return jax.ShapeDtypeStruct((shape.B, *axes, shape.H), jnp.bfloat16)
+        return jax.ShapeDtypeStruct((shape.B, shape.T, heads, shape.H), jnp.bfloat16)
 
     ids = jax.ShapeDtypeStruct((shape.B, shape.T), jnp.int32)
     return [rows(shape.N), rows(shape.K), ids]
