@@ -76,7 +76,7 @@ def _splash_cycles(flash: Any, kernels: list[Kernel], direction: str, cores: int
 def decode_cases(chip: Chip) -> Iterator[Case]:
     for page in PAGE_SIZES:
         own = paged_attention.BLOCKS.pages(page * paged.KEY_BYTES, paged.LENGTH // page) * page
-        kinds = [
+        kinds: list[tuple[str, str, dict[str, Any], int]] = [
             ("ours", "build", {"write": False}, own),
             ("ours, writing the new token", "build", {"write": True}, own),
             ("jax ragged_paged_attention", "build_ragged", {"block": 512}, 512),

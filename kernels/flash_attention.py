@@ -41,7 +41,6 @@ LOWEST = -1e30  # where the running maximum begins: finite, so that exp2(-inf - 
 PRODUCT = (((1,), (0,)), ((), ()))  # a b
 ROWS = (((1,), (1,)), ((), ()))  # a b^T
 SUMS = (((0,), (0,)), ((), ()))  # a^T b
-VMEM_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +50,15 @@ class BlockSizes:
     span: int = 4096  # columns whose keys and values lie in VMEM together
     queries: int = 1024  # rows of a grid step
     keys: int = 1024  # columns of one pass of its loop
-    tile: int = 256  # rows and columns of what is left out of the triangle
+    part: int = 512  # rows and columns of a piece of a pass, whose scores exist at one time
+    tile: int = 256  # rows and columns of the steps of the triangle
 
     def __post_init__(self):
-        chain = (self.span, self.queries, self.keys, self.tile, LANES)
+        chain = (self.span, self.queries, self.keys, self.part, self.tile, LANES)
         if any(small < 1 or large % small for large, small in zip(chain, chain[1:], strict=False)):
             raise ValueError(
                 "block sizes must each be a multiple of the next, "
-                f"span, queries, keys, tile and {LANES}; got {self}"
+                f"span, queries, keys, part, tile and {LANES}; got {self}"
             )
 
     def fitted(self, length: int) -> "BlockSizes":
@@ -66,14 +66,15 @@ class BlockSizes:
         tile = min(self.tile, _up(length, LANES))
         blocks = _parts(length, self.queries)
         queries = _up(_parts(length, blocks), tile)
-        tiles = queries // tile
-        most = max(n for n in range(1, tiles + 1) if tiles % n == 0 and n * tile <= self.keys)
+        part = _divisor(queries, tile, self.part)
+        keys = _divisor(queries, part, self.keys)
         spans = _parts(blocks * queries, self.span)
-        return BlockSizes(_parts(blocks, spans) * queries, queries, most * tile, tile)
+        return BlockSizes(_parts(blocks, spans) * queries, queries, keys, part, tile)
 
 
 FORWARD = BlockSizes()
 BACKWARD = BlockSizes()
+BACKWARD_V4 = BlockSizes(span=2048, queries=512, keys=512)  # a v4 has 16 MiB of VMEM, a v5p 64
 
 
 def reference(
@@ -98,6 +99,7 @@ class _Static(NamedTuple):
     scale: float
     soft_cap: float | None
     precision: lax.Precision
+    vmem_bytes: int  # what a kernel may use
     interpret: bool
 
 
@@ -110,6 +112,13 @@ def _parts(n: int, size: int) -> int:
 
 def _up(n: int, multiple: int) -> int:
     return _parts(n, multiple) * multiple
+
+
+def _divisor(n: int, multiple: int, limit: int) -> int:
+    """The largest divisor of n up to `limit` that is a multiple of `multiple`, or `multiple`."""
+    return max(
+        d for d in range(multiple, n + 1, multiple) if n % d == 0 and d <= max(limit, multiple)
+    )
 
 
 def _repeat(x: jax.Array, columns: int) -> jax.Array:
@@ -169,8 +178,8 @@ def _step(first: jax.Array, i: jax.Array, s: jax.Array, sizes: BlockSizes) -> _S
     return _Step(
         begin=jnp.maximum(first - here, 0),
         end=jnp.minimum(before - here, passes),
-        own=pl.multiple_of((i % blocks) * sizes.queries, sizes.queries),
-        is_last=s == i // blocks,
+        own=pl.multiple_of(lax.rem(i, blocks) * sizes.queries, sizes.queries),
+        is_last=s == lax.div(i, blocks),
         is_padding=first > before,
     )
 
@@ -199,36 +208,44 @@ def _forward_kernel(
     inputs = (q_ref, k_ref, v_ref, q_segments_ref, k_segments_ref)
     state = (top_ref, total_ref, acc_ref)
 
-    @pl.when(s == 0)
+    @pl.when((i == 0) & (s == 0))
     def _():
-        top_ref[...] = jnp.full_like(top_ref, LOWEST)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
+        _reset(state, pl.ds(0, sizes.queries))
 
     @pl.loop(step.begin, step.end)
     def _(p):
-        column = pl.multiple_of(p * sizes.keys, sizes.keys)
-        for row in range(0, sizes.queries, sizes.tile):
-            rows = pl.ds(row, sizes.tile)
-            pieces = [(column, sizes.keys, False)]
-            for ref, x in zip(state, _softmax(inputs, state, rows, pieces, static), strict=True):
-                ref[rows, :] = x
+        start = pl.multiple_of(p * sizes.keys, sizes.keys)
+        for row in range(0, sizes.queries, sizes.part):
+            rows = pl.ds(row, sizes.part)
+            for column in range(0, sizes.keys, sizes.part):
+                pieces = [(start + column, sizes.part, False)]
+                new = _softmax(inputs, state, rows, pieces, static)
+                for ref, x in zip(state, new, strict=True):
+                    ref[rows, :] = x
 
     @pl.when(step.is_last & ~step.is_padding)
     def _():
-        for row in range(0, sizes.queries, sizes.tile):
+        *others, widest = range(0, sizes.queries, sizes.tile)
+        for row in (widest, *others):  # a narrow one at the end is soon done
             rows = pl.ds(row, sizes.tile)
-            pieces = [(step.own + row, sizes.tile, True)]
-            if row:
-                pieces.insert(0, (step.own, row, False))
+            pieces = [(step.own, row, False)] if row else []
+            pieces.append((step.own + row, sizes.tile, True))
             new = _softmax(inputs, state, rows, pieces, static)
-            out_ref[rows, :], lse = _finished(*new, out_ref.dtype, static)
-            lse_ref[:, rows] = lse
+            top, total, acc = new
+            done = _finished(top, total, acc, out_ref.dtype, static)
+            out_ref[rows, :], lse_ref[:, rows] = done
+            # For the next block: here the stores hide behind the matrix units.
+            _reset(state, rows)
 
     @pl.when(step.is_last & step.is_padding)
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
         lse_ref[...] = jnp.zeros_like(lse_ref)
+
+
+def _reset(state, rows) -> None:
+    for ref, value in zip(state, (LOWEST, 0, 0), strict=True):
+        ref[rows, :] = jnp.full((rows.size, ref.shape[1]), value, jnp.float32)
 
 
 def _softmax(inputs, state, rows, pieces, static: _Static):
@@ -256,14 +273,22 @@ def _softmax(inputs, state, rows, pieces, static: _Static):
 
 
 def _finished(top, total, acc, dtype, static: _Static) -> tuple[jax.Array, jax.Array]:
-    """The block of the output, and its row of log2(sum(exp2(logits))); zeros without any key."""
-    factor = (static.soft_cap or static.scale) * LOG2_E
+    """The block of the output, and its row of log2(sum(exp2(logits))); zeros without any key.
+
+    In columns a register holds eight rows, in rows 128 of them: logarithms are for rows.
+    """
     total = total.sum(-1, keepdims=True)
-    is_empty = total == 0
-    out = (acc * jnp.where(is_empty, 0, 1 / total)).astype(dtype)
-    lse = jnp.where(is_empty, 0, top * factor + jnp.log2(total))
-    parts = [lse[row : row + LANES].T[:1] for row in range(0, lse.shape[0], LANES)]
-    return out, jnp.concatenate(parts, axis=1)
+    # The unit's own estimate and a step of Newton's are more than bfloat16 can hold.
+    estimate = pl.reciprocal(total, approx=dtype == jnp.bfloat16)
+    inverse = jnp.where(total == 0, 0, estimate * (2 - total * estimate))
+    out = (acc * inverse).astype(dtype)
+    columns = jnp.where(_iota(top.shape, 1) < LANES // 2, top, total)
+    parts = [columns[row : row + LANES].T for row in range(0, top.shape[0], LANES)]
+    top_row = jnp.concatenate([part[:1] for part in parts], axis=1)
+    total_row = jnp.concatenate([part[LANES // 2 : LANES // 2 + 1] for part in parts], axis=1)
+    factor = (static.soft_cap or static.scale) * LOG2_E
+    lse = top_row * factor + jnp.log2(jnp.where(total_row == 0, 1, total_row))
+    return out, jnp.where(total_row == 0, 0, lse)
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -283,11 +308,11 @@ def _forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: _Static):
     blocks = sizes.span // sizes.queries
 
     def span(i, s):  # a span after the block's own columns is not fetched
-        return jnp.minimum(s, i // blocks)
+        return jnp.minimum(s, lax.div(i, blocks))
 
     rows = pl.BlockSpec((None, None, sizes.queries, H), lambda b, n, i, s, _: (b, n, i, 0))
     columns = pl.BlockSpec(
-        (None, None, sizes.span, H), lambda b, n, i, s, _: (b, n // group, span(i, s), 0)
+        (None, None, sizes.span, H), lambda b, n, i, s, _: (b, lax.div(n, group), span(i, s), 0)
     )
     return pl.pallas_call(
         functools.partial(_forward_kernel, sizes=sizes, static=static),
@@ -315,7 +340,7 @@ def _forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: _Static):
                 pltpu.VMEM((sizes.queries, H), jnp.float32),
             ],
         ),
-        compiler_params=_compiler_params("parallel", "parallel", "arbitrary", "arbitrary"),
+        compiler_params=_compiler_params(static, sequential=2),
         interpret=static.interpret,
         name="flash_attention_forward",
     )(
@@ -367,8 +392,8 @@ def _backward_kernel(
     @pl.loop(step.begin, step.end)
     def _(p):
         start = pl.multiple_of(p * sizes.keys, sizes.keys)
-        for column in range(0, sizes.keys, sizes.tile):
-            columns = pl.ds(start + column, sizes.tile)
+        for column in range(0, sizes.keys, sizes.part):
+            columns = pl.ds(start + column, sizes.part)
             _gradients(inputs, sums, columns, pl.ds(0, sizes.queries), False, static)
 
     @pl.when(step.is_last & ~step.is_padding)
@@ -464,7 +489,7 @@ def _backward(q_BNTH, k_BKTH, v_BKTH, segments_BT, dout_BNTH, lse_BN1T, delta_BN
                 pltpu.VMEM((sizes.span, H), jnp.float32),
             ],
         ),
-        compiler_params=_compiler_params("parallel", "parallel", *["arbitrary"] * 3),
+        compiler_params=_compiler_params(static, sequential=3),
         interpret=static.interpret,
         name="flash_attention_backward",
     )(
@@ -493,26 +518,29 @@ def flash_attention(
     *,
     soft_cap: float | None = None,
     forward: BlockSizes = FORWARD,
-    backward: BlockSizes = BACKWARD,
+    backward: BlockSizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v -> out_BTNH, of q's dtype.
 
-    `soft_cap` turns the logits into cap * tanh(logits / cap) before the mask. `interpret` runs the
-    kernels on any platform, slowly.
+    `soft_cap` turns the logits into cap * tanh(logits / cap) before the mask. The block sizes of
+    the backward pass are, unless given, BACKWARD, or BACKWARD_V4 for that chip. `interpret` runs
+    the kernels on any platform, slowly.
 
     Raises:
       ValueError: shapes or dtypes that the kernels cannot do.
     """
     _check(q_BTNH, k_BTKH, v_BTKH, segments_BT, soft_cap)
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    is_float32 = q_BTNH.dtype == jnp.float32
+    is_float32, is_v4 = q_BTNH.dtype == jnp.float32, _is_v4()
+    backward = backward or (BACKWARD_V4 if is_v4 else BACKWARD)
     static = _Static(
         forward=forward.fitted(T),
         backward=backward.fitted(T),
         scale=H**-0.5,
         soft_cap=soft_cap,
         precision=lax.Precision.HIGHEST if is_float32 else lax.Precision.DEFAULT,
+        vmem_bytes=(16 if is_v4 else 32) * 2**20,
         interpret=interpret,
     )
     q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -560,8 +588,8 @@ def _flash(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: _Static):
 def _flash_forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: _Static):
     T = q_BNTH.shape[2]
     tokens = _up(T, static.forward.queries)
-    arrays = [_pad(x, tokens, 2) for x in (q_BNTH, k_BKTH, v_BKTH)]
-    out_BNTH, lse_BN1T = _forward(*arrays, _pad(segments_BT, tokens, 1), static)
+    q, k, v = (_pad(x, tokens, 2) for x in (q_BNTH, k_BKTH, v_BKTH))
+    out_BNTH, lse_BN1T = _forward(q, k, v, _pad(segments_BT, tokens, 1), static)
     out_BNTH, lse_BN1T = out_BNTH[:, :, :T], lse_BN1T[:, :, :, :T]
     return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, segments_BT, out_BNTH, lse_BN1T)
 
@@ -573,8 +601,11 @@ def _flash_backward(static: _Static, residuals, dout_BNTH):
     products_BNTH = out_BNTH.astype(jnp.float32) * dout_BNTH.astype(jnp.float32)
     # Padding gave zeros; what comes back for it may be anything, and means nothing.
     delta_BNT = jnp.where(segments_BT[:, None] > 0, products_BNTH.sum(-1), 0)
+    q, k, v = (_pad(x, tokens, 2) for x in (q_BNTH, k_BKTH, v_BKTH))
     gradients = _backward(
-        *(_pad(x, tokens, 2) for x in (q_BNTH, k_BKTH, v_BKTH)),
+        q,
+        k,
+        v,
         _pad(segments_BT, tokens, 1),
         _pad(dout_BNTH, tokens, 2),
         _pad(lse_BN1T, tokens, 3),
@@ -599,5 +630,16 @@ def _in_sublanes(segments_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(ids_BT1, (*segments_BT.shape, LANES))
 
 
-def _compiler_params(*semantics: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES)
+def _compiler_params(static: _Static, sequential: int) -> pltpu.CompilerParams:
+    """Of a grid whose first two axes, rows and heads, are free; the others have an order."""
+    free, ordered = pltpu.PARALLEL, pltpu.ARBITRARY
+    return pltpu.CompilerParams(
+        dimension_semantics=(free, free, *[ordered] * sequential),
+        vmem_limit_bytes=static.vmem_bytes,
+    )
+
+
+def _is_v4() -> bool:
+    """Whether this is traced for a v4: the device of the mesh in context, or the default one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device or jax.devices()[0]).device_kind == "TPU v4"

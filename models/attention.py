@@ -1,16 +1,42 @@
 """Which attention a decoder runs, on each device's rows and heads."""
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pgrpo_jax import sharding
-from pgrpo_jax.config import Compute
-from pgrpo_jax.kernels import attention as plain
+from pgrpo_jax.config import Attention, Compute
+from pgrpo_jax.kernels import attention as kernel
 from pgrpo_jax.kernels import flash_attention
+
+PLATFORMS = {"pallas": "tpu", "cudnn": "gpu"}  # the reference runs everywhere
+
+
+def resolve(compute: Compute, platform: str) -> Compute:
+    """`compute` with a named attention instead of "auto": the best for "tpu", "gpu" or "cpu".
+
+    Raises:
+      ValueError: the named one does not run on that platform, or not in that dtype.
+    """
+    half = compute.dtype == "bfloat16"
+    best: dict[str, Attention] = {"tpu": "pallas", "gpu": "cudnn" if half else "reference"}
+    name = compute.attention
+    if name == "auto":
+        name = best.get(platform, "reference")
+    if PLATFORMS.get(name, platform) != platform:
+        raise ValueError(
+            f"attention={name!r} runs on a {PLATFORMS[name]} and this is a {platform}; take 'auto' "
+            "or 'reference'"
+        )
+    if name == "cudnn" and not half:
+        raise ValueError(
+            f"attention='cudnn' computes in bfloat16, got dtype={compute.dtype!r}; take "
+            "dtype='bfloat16' or attention='reference'"
+        )
+    return dataclasses.replace(compute, attention=name)
 
 
 def attend(
@@ -25,38 +51,32 @@ def attend(
 ) -> jax.Array:
     """out_BTNH by the implementation `compute.attention` names; masks as in `kernels.attention`.
 
-    The kernel is for tokens that attend each other. One that attends to what a longer cache holds
-    takes the reference.
+    The kernels are for tokens that attend each other, in the order of their columns: within a
+    segment positions rise from left to right. A query that reads a longer cache takes the
+    reference; a cache of as many columns as there are new tokens holds nothing else.
     """
-    implementations = {"auto": _reference, "reference": _reference, "pallas": _pallas}
+    if compute.attention == "auto":
+        compute = resolve(compute, jax.default_backend())
+    implementations: dict[str, Callable[..., jax.Array]] = {
+        "pallas": _pallas,
+        "cudnn": _cudnn,
+        "reference": kernel.reference,
+    }
     if compute.attention not in implementations:
         raise ValueError(
             f"unknown attention {compute.attention!r}; known: {sorted(implementations)}"
         )
-    same = q_BTNH.shape[1] == k_BSKH.shape[1]
-    return (implementations[compute.attention] if same else _reference)(
-        q_BTNH, k_BSKH, v_BSKH, positions_BT, segments_BT, positions_BS, segments_BS
-    )
-
-
-_reference = plain.reference
+    among_themselves = q_BTNH.shape[1] == k_BSKH.shape[1]
+    implementation = implementations[compute.attention if among_themselves else "reference"]
+    rows = (positions_BT, segments_BT)
+    return implementation(q_BTNH, k_BSKH, v_BSKH, *rows, positions_BS, segments_BS)
 
 
 def _pallas(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
-    """The kernel sees columns, whose order is that of the positions within a segment."""
     k_BTKH, v_BTKH = (for_tensor_axis(x, q_BTNH.shape[2]) for x in (k_BTKH, v_BTKH))
     arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    kernel = functools.partial(flash_attention.flash_attention, **_blocks())
     letters = ("BTNH", "BTKH", "BTKH", "BT")
-    return sharding.on_devices(kernel, arrays, letters, "BTNH")(*arrays)
-
-
-def _blocks() -> dict[str, flash_attention.BlockSizes]:
-    """Sizes other than the kernel's own: a core of v4 has 16 MiB of VMEM, later ones a multiple."""
-    if sharding.device_kind() != "TPU v4":
-        return {}
-    sizes = {"forward": flash_attention.FORWARD, "backward": flash_attention.BACKWARD}
-    return {way: dataclasses.replace(size, span=2048) for way, size in sizes.items()}
+    return sharding.on_devices(flash_attention.flash_attention, arrays, letters, "BTNH")(*arrays)
 
 
 def for_tensor_axis(k_BTKH: jax.Array, heads: int) -> jax.Array:
@@ -66,3 +86,12 @@ def for_tensor_axis(k_BTKH: jax.Array, heads: int) -> jax.Array:
     if K % parts == 0 or heads % parts:  # split as it is, or whole everywhere, as the queries are
         return k_BTKH
     return jnp.repeat(k_BTKH, math.lcm(K, parts) // K, axis=2)
+
+
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
+    """cuDNN gives a query without any key the mean of all values: here it gets zeros."""
+    same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
+    )
+    return jnp.where((segments_BT > 0)[:, :, None, None], out_BTNH, 0)

@@ -32,6 +32,7 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 Dimension = Literal["accuracy", "rigor", "coherence"]
+Attention = Literal["auto", "pallas", "cudnn", "reference"]
 Tier = Literal["auto", "namespaces", "landlock"]
 
 
@@ -117,7 +118,7 @@ class Compute(Settings):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     scan_unroll: Positive = 1
-    attention: Literal["auto", "pallas", "reference"] = "auto"
+    attention: Attention = "auto"  # auto: by the platform
     logprob_mb: Positive = 64  # float32 logits that exist at one time, over all devices
 
 

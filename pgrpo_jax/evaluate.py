@@ -143,6 +143,7 @@ def area_under_curve(above: np.ndarray, below: np.ndarray) -> float:
 def run(cfg: config.Config) -> None:
     """Evaluates the run's newest policy and prints a table."""
     hosts.join(cfg.mesh.hosts)
+    cfg = start.resolved(cfg)
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.newest_policy(cfg, mesh)
     engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)

@@ -70,7 +70,9 @@ def measure(program: programs.Program, chip: topology.Chip, chips: int) -> Repor
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }
-    module = hlo.parse(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None, "the TPU compiler gives its programs as text"
+    module = hlo.parse(text)
     collectives = hlo.collective_bytes(module, program.loop_trips)
     traffic = hlo.memory_bytes(module, program.loop_trips)
     return Report(

@@ -31,8 +31,8 @@ from pgrpo_jax import (
     update,
 )
 from pgrpo_jax.config import Architecture
+from pgrpo_jax.models import attention, decoder, load, reward
 from pgrpo_jax.models import cache as caches
-from pgrpo_jax.models import decoder, load, reward
 
 Bytes = Mapping[str, int]  # of one device, by kind
 
@@ -69,11 +69,7 @@ def on_tpu(cfg: config.Config) -> config.Config:
     """The settings, with the attention that "auto" means there."""
 
     def one(model: config.ModelConfig) -> config.ModelConfig:
-        if model.compute.attention != "auto":
-            return model
-        return dataclasses.replace(
-            model, compute=dataclasses.replace(model.compute, attention="pallas")
-        )
+        return dataclasses.replace(model, compute=attention.resolve(model.compute, "tpu"))
 
     return dataclasses.replace(cfg, policy=one(cfg.policy), reward_model=one(cfg.reward_model))
 
@@ -197,6 +193,11 @@ def _completions(cfg: config.Config) -> int:
 # --- the programs
 
 
+def _lowered(program: Any, *arguments: Any) -> Callable[[], jax.stages.Lowered]:
+    """How `program`, of jax.jit but typed by its maker as what it is called as, is lowered."""
+    return lambda: program.lower(*arguments)
+
+
 def _sft(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Program:
     settings, compute = cfg.sft, cfg.policy.compute
     params = _policy(cfg, arch, mesh).shapes
@@ -209,7 +210,7 @@ def _sft(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Program:
     step = supervised.compile_sft(cfg, arch, mesh)
     return Program(
         "sft",
-        lambda: step.lower(state.arguments, batch),
+        _lowered(step, state.arguments, batch),
         _state_bytes(state),
         {},
         roofline.training(arch, compute, settings.batch_size, length, logits=True),
@@ -229,7 +230,7 @@ def _reward_training(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Prog
     step = supervised.compile_reward_update(cfg, arch, mesh)
     return Program(
         "reward training",
-        lambda: step.lower(state.arguments, batch),
+        _lowered(step, state.arguments, batch),
         _state_bytes(state),
         {},
         roofline.training(arch, compute, 2 * C, T, logits=False),
@@ -244,7 +245,7 @@ def _reshard(cfg: config.Config, policy: Architecture, judge: Architecture, mesh
     program = reshard.compile_reshard(policy, cfg.policy.compute, mesh)
     return Program(
         "reshard for rollout",
-        lambda: program.lower(params.arguments),
+        _lowered(program, params.arguments),
         {"parameters": params.bytes},
         _waiting(cfg, policy, judge, mesh, "policy's parameters"),
         roofline.Work(0.0, 0.0),
@@ -330,7 +331,7 @@ def _scoring(cfg: config.Config, policy: Architecture, judge: Architecture, mesh
     tokens = _tokens(mesh, rows, length, *_TOKENS).values()
     return Program(
         "reward scoring",
-        lambda: score.lower(params.arguments, *tokens),
+        _lowered(score, params.arguments, *tokens),
         {"parameters": params.bytes},
         _waiting(cfg, policy, judge, mesh, "reward model"),
         roofline.forward(judge, rows, length, logits=False),
@@ -375,7 +376,7 @@ def _logprobs(
     program = update.compile_logprobs(cfg, policy, mesh)
     return Program(
         name,
-        lambda: program.lower(params.arguments, batch),
+        _lowered(program, params.arguments, batch),
         {"parameters": params.bytes},
         _waiting(cfg, policy, judge, mesh, used),
         roofline.forward(policy, _completions(cfg), _longest(cfg), logits=True),
@@ -394,7 +395,7 @@ def _update(cfg: config.Config, policy: Architecture, judge: Architecture, mesh:
     rows, length = _completions(cfg), _longest(cfg)
     return Program(
         "update",
-        lambda: step.lower(state.arguments, batch),
+        _lowered(step, state.arguments, batch),
         _state_bytes(state),
         _waiting(cfg, policy, judge, mesh, "policy's parameters", "policy's optimizer"),
         roofline.training(policy, cfg.policy.compute, rows, length, logits=True),

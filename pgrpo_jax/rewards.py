@@ -109,7 +109,9 @@ class ThinkingScorer:
             (i for i in range(len(ids)) if len(ids[i]) <= limit), key=lambda i: len(ids[i])
         )
         batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-        for length, some in zip_longest(self._lengths(ids, batches), batches, fillvalue=[]):
+        lengths = self._lengths(ids, batches)
+        batches += [[]] * (len(lengths) - len(batches))  # another process may have more
+        for length, some in zip(lengths, batches, strict=True):
             ids_BT = np.full((size, length), self._words.pad_id, np.int32)
             segments_BT = np.zeros_like(ids_BT)
             for row, i in enumerate(some):

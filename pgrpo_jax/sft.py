@@ -30,7 +30,7 @@ def run(cfg: config.Config) -> None:
     out = start.folder(cfg, start.SFT)
     if not cfg.sft.steps or start.is_done(out):
         return
-    mesh = sharding.make_mesh(cfg.mesh)
+    cfg, mesh = start.resolved(cfg), sharding.make_mesh(cfg.mesh)
     words = tokenizer.load(cfg.data.tokenizer)
     examples = data.sft_examples(rows(cfg), words, cfg.data, cfg.sft.max_length)
     batches = data.example_batches(examples, cfg.sft.batch_size, cfg.seed)

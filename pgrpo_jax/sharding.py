@@ -151,12 +151,6 @@ def axis_size(name: str) -> int:
     return 1 if mesh.empty else mesh.shape[name]
 
 
-def device_kind() -> str:
-    """What the devices of the mesh of `on` are, such as "TPU v4"; "" without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return "" if mesh.empty else mesh.abstract_device.device_kind
-
-
 def on_devices(
     function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[str], out: str
 ) -> Callable[..., jax.Array]:

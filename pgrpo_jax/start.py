@@ -6,15 +6,37 @@ import pathlib
 from typing import Any, Literal
 
 import jax
+import rich.console
 
 from pgrpo_jax import config, data, rng, sharding, types, world
 from pgrpo_jax.config import Architecture, Config
-from pgrpo_jax.models import decoder, load, reward
+from pgrpo_jax.models import attention, decoder, load, reward
 
 # What the stages leave in the run's folder.
 SFT, REWARD_MODEL, PAIRS, POLICY = "sft", "reward_model", "pairs.jsonl", "policy"
 
 Params = Any
+
+
+def resolved(cfg: Config) -> Config:
+    """`cfg` whose models name their attention, by the platform; says which, if it chose one.
+
+    Raises:
+      ValueError: a model names one that this platform does not have.
+    """
+    platform = jax.default_backend()
+
+    def one(model: config.ModelConfig) -> config.ModelConfig:
+        return dataclasses.replace(model, compute=attention.resolve(model.compute, platform))
+
+    chosen = dataclasses.replace(cfg, policy=one(cfg.policy), reward_model=one(cfg.reward_model))
+    if chosen != cfg and jax.process_index() == 0:
+        words = (
+            f"attention  policy {chosen.policy.compute.attention}, reward model "
+            f"{chosen.reward_model.compute.attention} (on {platform})"
+        )
+        rich.console.Console(stderr=True).print(words, highlight=False, soft_wrap=True)
+    return chosen
 
 
 def problems(cfg: Config, split: Literal["train", "evaluation"]) -> list[types.Problem]:
@@ -112,6 +134,7 @@ def _model(settings: config.ModelConfig, mesh, load_from, init, key) -> tuple[Ar
         )
         return arch, params
     arch, compute = settings.architecture, settings.compute
+    assert arch is not None, "settings without a checkpoint have an architecture"
 
     def make(key):
         return init(arch, compute, key)

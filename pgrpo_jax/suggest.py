@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import rich.console
@@ -17,6 +18,8 @@ from pgrpo_jax import config, footprint, programs, roofline, sharding, topology
 from pgrpo_jax.config import Architecture, Compute, Config
 
 TRIES = 8  # updates that are compiled at most; a large model takes minutes each
+
+REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,8 @@ def _reports(cfg: Config, name: str) -> Iterator[footprint.Report]:
     """Of all programs, the one that needs most first."""
     devices, chip = topology.devices(name), topology.chip(name)
     mesh = sharding.make_mesh(cfg.mesh, devices)
-    found = programs.programs(cfg, mesh, chip.hbm_bytes)
-    found = sorted(found, key=lambda program: program.name != "update")
+    every = programs.programs(cfg, mesh, chip.hbm_bytes)
+    found = sorted(every, key=lambda program: program.name != "update")
     return (footprint.measure(program, chip, len(devices)) for program in found)
 
 
@@ -86,7 +89,7 @@ def candidates(cfg: Config, name: str) -> Iterator[Candidate]:
             continue
         mesh = config.MeshConfig(data=1, fsdp=parts, tensor=tensor)
         room = chip.hbm_bytes - _kept(cfg, mesh, devices, chip.hbm_bytes)
-        for each, remat in itertools.product(_powers(rows // parts), ("none", "dots", "full")):
+        for each, remat in itertools.product(_powers(rows // parts), REMAT):
             if rows % (each * parts):
                 continue
             compute = dataclasses.replace(cfg.policy.compute, remat=remat)

@@ -42,6 +42,7 @@ def run(cfg: config.Config) -> None:
     )
     hosts.join(cfg.mesh.hosts)
     claim_folder(cfg)
+    cfg = start.resolved(cfg)
     try:
         sft.run(cfg)
         make_pairs.run(cfg)

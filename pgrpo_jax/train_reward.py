@@ -35,7 +35,7 @@ def run(cfg: config.Config) -> None:
     out, settings = start.folder(cfg, start.REWARD_MODEL), cfg.reward_training
     if not settings.steps or start.is_done(out):
         return
-    mesh = sharding.make_mesh(cfg.mesh)
+    cfg, mesh = start.resolved(cfg), sharding.make_mesh(cfg.mesh)
     words = tokenizer.load(cfg.data.tokenizer)
     rows = data.read_rows(settings.data or str(start.folder(cfg, start.PAIRS)))
     held = max(1, round(len(rows) * settings.evaluation_fraction))

@@ -24,7 +24,7 @@ FLOORS = {
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
-ARRAYS_ONLY = ("algo", "kernels.attention", "kernels.paged_attention")
+ARRAYS_ONLY = ("algo", "kernels.attention", "kernels.flash_attention", "kernels.paged_attention")
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1"}
 # Without megacore each v4 chip would be two devices of one core.
@@ -30,7 +30,9 @@ def one_device(chip: str) -> Iterator[NamedSharding]:
         slice_ = topologies.get_topology_desc(
             platform="tpu", topology_name=SLICES[chip], **OPTIONS.get(chip, {})
         )
-        yield NamedSharding(Mesh(np.array(slice_.devices[:1]), ("one",)), PartitionSpec())
+        types = (AxisType.Auto,)
+        mesh = Mesh(np.array(slice_.devices[:1]), ("one",), axis_types=types)
+        yield NamedSharding(mesh, PartitionSpec())
 
 
 def lower(function, *shapes: jax.ShapeDtypeStruct):
@@ -39,6 +41,7 @@ def lower(function, *shapes: jax.ShapeDtypeStruct):
 
 
 def compile_on(place: NamedSharding, function, *shapes: jax.ShapeDtypeStruct):
-    """The whole way, for the device of `place`."""
+    """The whole way, for the device of `place`, which kernels see when they are traced."""
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
-    return jax.jit(function).lower(*placed).compile()
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        return jax.jit(function).lower(*placed).compile()

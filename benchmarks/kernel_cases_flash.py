@@ -1,0 +1,116 @@
+"""Flash attention for the static measurements: what to compile, and what its schedule adds up to.
+
+Qwen2.5-7B's shapes by default: 28 query heads, 4 key heads of 128, two causal rows of 4096 tokens
+in bfloat16, compared segment by segment as packed rows need it. One segment a row is the longest
+there is to do, and what the totals stand for: nothing is skipped but what causality skips.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from pgrpo_jax.kernels import flash_attention
+from pgrpo_jax.kernels.flash_attention import BlockSizes
+
+Direction = Literal["forward", "backward"]
+DEFAULTS = {"forward": flash_attention.FORWARD, "backward": flash_attention.BACKWARD}
+MATMULS = {"forward": 2, "backward": 5}  # [T, T] by H each
+CORE_MACS = 65_536  # multiply-adds a cycle of one TensorCore of v4, v5e and v5p
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    B: int = 2
+    T: int = 4096
+    N: int = 28
+    K: int = 4
+    H: int = 128
+
+    def floor_cycles(self, direction: Direction, cores: int) -> float:
+        """The matrix work of the causal half alone, on units that are never idle."""
+        pairs = self.B * self.N * self.T * self.T / 2
+        return MATMULS[direction] * pairs * self.H / CORE_MACS / cores
+
+    def hbm_bytes(self, direction: Direction) -> float:
+        """What must move at least: each array once, and keys and values once for their group."""
+        queries, keys = (self.B * self.T * n * self.H * 2 for n in (self.N, self.K))
+        statistics = self.B * self.T * self.N * 4
+        if direction == "forward":  # q, out; k, v
+            return 2 * queries + 2 * keys + statistics
+        return 3 * queries + 4 * keys + 2 * statistics  # q, dout, dq; k, v, dk, dv
+
+
+def build(*, direction: Direction = "forward", **options: int):
+    """(function, abstract arguments) of our kernel; options are those of Shape and BlockSizes."""
+    shape, sizes = _split(direction, options)
+    q, k, segments = _arguments(shape)
+
+    def forward(q, k, v, segments):
+        chosen: dict[str, Any] = {direction: sizes}
+        return flash_attention.flash_attention(q, k, v, segments, **chosen)
+
+    def backward(q, k, v, segments):
+        return jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)[1](q)
+
+    return {"forward": forward, "backward": backward}[direction], [q, k, k, segments]
+
+
+# --- from a schedule to a whole call
+
+
+class Node(Protocol):
+    """A region of a kernel's schedule."""
+
+    start: int
+    children: list[Any]
+
+    def own(self) -> list[int]: ...
+
+
+def cycles(steps: Node, direction: Direction, cores: int, **options: int) -> float:
+    """Static cycles of one core for a whole call of our kernel; `steps` is its loop over the grid.
+
+    The kernels' regions stand in the order of the code: what only the first block does, the passes,
+    the triangle, and what only the last block or a block of padding does.
+    """
+    shape, sizes = _split(direction, options)
+    sizes = sizes.fitted(shape.T)
+    blocks = math.ceil(shape.T / sizes.queries)
+    spans = math.ceil(blocks * sizes.queries / sizes.span)
+    heads, groups = shape.B * shape.N, shape.B * shape.K
+    always, body = len(steps.own()), steps
+    while len(body.children) == 1:
+        (body,) = body.children
+        always += len(body.own())
+    first, passes, triangle, last = sorted(body.children, key=lambda node: node.start)
+    times_once = {"forward": (heads, 0), "backward": (groups * spans, groups * spans)}[direction]
+    total = (
+        heads * blocks * spans * always
+        + heads * math.comb(blocks, 2) * (sizes.queries // sizes.keys) * _all(passes)
+        + heads * blocks * _all(triangle)
+        + times_once[0] * _all(first)
+        + times_once[1] * _all(last)
+    )
+    return total / cores
+
+
+def _all(node: Node) -> int:
+    return len(node.own()) + sum(map(_all, node.children))
+
+
+def _split(direction: Direction, options: dict[str, int]) -> tuple[Shape, BlockSizes]:
+    names = {field.name for field in dataclasses.fields(Shape)}
+    shape = Shape(**{name: n for name, n in options.items() if name in names})
+    sizes = {name: n for name, n in options.items() if name not in names}
+    return shape, dataclasses.replace(DEFAULTS[direction], **sizes)
+
+
+def _arguments(shape: Shape) -> list[jax.ShapeDtypeStruct]:
+    def rows(heads: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((shape.B, shape.T, heads, shape.H), jnp.bfloat16)
+
+    ids = jax.ShapeDtypeStruct((shape.B, shape.T), jnp.int32)
+    return [rows(shape.N), rows(shape.K), ids]

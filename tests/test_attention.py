@@ -1,0 +1,135 @@
+"""Which attention runs where, and that the choice changes nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pgrpo_jax import start
+from pgrpo_jax.config import Architecture, Compute
+from pgrpo_jax.configs import tiny
+from pgrpo_jax.kernels import flash_attention
+from pgrpo_jax.models import attention, decoder
+from pgrpo_jax.models import cache as caches
+
+ARCH = Architecture(vocab_size=20, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "want"),
+    [
+        ("tpu", "bfloat16", "pallas"),
+        ("tpu", "float32", "pallas"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "reference"),
+        ("cpu", "bfloat16", "reference"),
+    ],
+)
+def test_auto_becomes_the_best_of_the_platform(platform, dtype, want):
+    resolved = attention.resolve(Compute(dtype=dtype), platform)
+    assert resolved == Compute(dtype=dtype, attention=want)
+    assert attention.resolve(resolved, platform) == resolved
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "sentence"),
+    [
+        ("pallas", "cpu", "runs on a tpu and this is a cpu"),
+        ("cudnn", "tpu", "runs on a gpu and this is a tpu"),
+        ("cudnn", "gpu", "computes in bfloat16, got dtype='float32'"),
+    ],
+)
+def test_an_attention_that_is_not_there_is_refused(name, platform, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        attention.resolve(Compute(attention=name), platform)
+
+
+def test_the_choice_is_made_once_and_said(capsys):
+    chosen = start.resolved(tiny.config())
+    assert chosen.policy.compute.attention == chosen.reward_model.compute.attention == "reference"
+    assert capsys.readouterr().err == (
+        "attention  policy reference, reward model reference (on cpu)\n"
+    )
+    assert start.resolved(chosen) == chosen
+    assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernel on this CPU; gives the numbers of tokens that it was traced with."""
+    calls = []
+    kernel = flash_attention.flash_attention
+
+    def call(q_BTNH, *arrays):
+        calls.append(q_BTNH.shape[1])
+        return kernel(q_BTNH, *arrays, interpret=True)
+
+    monkeypatch.setattr(flash_attention, "flash_attention", call)
+    return calls
+
+
+def rows():
+    """A row of two segments between padding, and one that is padded on the left."""
+    segments_BT = jnp.array([[0, 1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    positions_BT = jnp.array([[0, 0, 1, 2, 0, 1, 2, 3, 0, 0], [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]])
+    ids_BT = jax.random.randint(jax.random.key(1), segments_BT.shape, 0, ARCH.vocab_size)
+    return ids_BT, positions_BT, segments_BT
+
+
+def test_a_decoder_with_the_kernel_is_the_decoder_with_the_reference(interpreted):
+    params = decoder.init(ARCH, Compute(), jax.random.key(0))
+    is_token_BT1 = (rows()[2] > 0)[:, :, None]
+
+    def loss(params, compute):
+        x_BTD, _ = decoder.forward(params, ARCH, compute, *rows())
+        return jnp.where(is_token_BT1, jnp.sin(x_BTD), 0).sum()
+
+    want, got = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, compute=Compute(attention=name))))(
+            params
+        )
+        for name in ("reference", "pallas")
+    )
+    assert set(interpreted) == {10}
+    for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_prefill_takes_the_kernel_and_what_follows_reads_the_cache_with_the_reference(interpreted):
+    params = decoder.init(ARCH, Compute(), jax.random.key(0))
+    ids_BT, positions_BT, segments_BT = rows()
+    kernel, reference = Compute(attention="pallas"), Compute(attention="reference")
+
+    def prefilled(compute):
+        empty = caches.empty(ARCH, compute, 2, 10)
+        return decoder.forward(params, ARCH, compute, *rows(), empty)
+
+    (want_BTD, _), (got_BTD, cache) = prefilled(reference), prefilled(kernel)
+    is_token_BT = np.asarray(segments_BT > 0)
+    np.testing.assert_allclose(want_BTD[is_token_BT], got_BTD[is_token_BT], rtol=1e-4, atol=1e-5)
+    assert set(interpreted) == {10}
+    interpreted.clear()
+
+    widths = {"positions_BS": 1, "segments_BS": 1, "k_LBSKH": 2, "v_LBSKH": 2}
+    longer = dataclasses.replace(
+        cache,
+        **{
+            name: jnp.pad(x, [(0, 4 if axis == at else 0) for axis in range(x.ndim)])
+            for name, at in widths.items()
+            for x in [getattr(cache, name)]
+        },
+    )
+    column_B1 = jnp.ones((2, 1), jnp.int32)
+    new = (ids_BT[:, -1:], column_B1 * 6, column_B1)
+    decoder.forward(params, ARCH, kernel, *new, longer)
+    assert not interpreted
+
+
+def test_an_unknown_attention_lists_the_known_ones():
+    compute = Compute(attention="reference")
+    object.__setattr__(compute, "attention", "fast")
+    with pytest.raises(ValueError, match="unknown attention 'fast'; known"):
+        decoder.forward(decoder.init(ARCH, Compute(), jax.random.key(0)), ARCH, compute, *rows())
