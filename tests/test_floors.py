@@ -6,7 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
-    10: "train",  # the whole run: it calls the stages
+    10: "train benchmarks.growth",  # the whole run: it calls the stages
     9: "grpo benchmarks.rollout benchmarks.update",
     8: "collect benchmarks.rollout_ours benchmarks.update_ours",
     7: "sft make_pairs train_reward evaluate rewards",
