@@ -52,10 +52,9 @@ def run(main: Callable[[Config], None], doc: str, argv: Sequence[str] | None = N
     if line.dry_run:
         print(to_json(line.run))
         return
-    if line.run.compilation_cache:
-        from pgrpo_jax import compilation
+    from pgrpo_jax import compilation
 
-        compilation.keep(line.run.compilation_cache)
+    compilation.keep(line.run)
     main(line.run)
 
 

@@ -14,11 +14,12 @@ FLOORS = {
     5: "decoding models.reward checkpoint sandbox_server",
     4: "models.decoder models.decode models.load data sandbox_work sandbox_zygote",
     3: "models.attention models.cache problems sampling sandbox_slot sandbox_tests",
-    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs sandbox_run",
-    1: "sharding algo world cli figures sandbox_proxy benchmarks.rollout_hf "
+    2: "models.layers models.logprobs kernels.attention tokenizer optimizer configs cli "
+    "sandbox_run",
+    1: "sharding algo world compilation figures sandbox_proxy benchmarks.rollout_hf "
     "benchmarks.rollout_tunix benchmarks.update_trl",
     0: "benchmarks.checkpoints benchmarks.machine benchmarks.workers "
-    "types config rng masked memory scheduler packing compilation metrics parse compare charts "
+    "types config rng masked memory scheduler packing metrics parse compare charts "
     "interrupt progress sandbox_wire sandbox_jail",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
