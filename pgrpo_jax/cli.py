@@ -64,11 +64,10 @@ def run_line(
     if line.dry_run:
         print(to_json(line.run))
         return
-    allocator.keep_freed_memory()
-    if line.run.compilation_cache:
-        from pgrpo_jax import compilation
+    from pgrpo_jax import compilation
 
-        compilation.keep(line.run.compilation_cache)
+    allocator.keep_freed_memory()
+    compilation.keep(line.run)
     main(line)
 
 

@@ -4,12 +4,16 @@ import pathlib
 
 import jax
 
+from pgrpo_jax import config
+
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def keep(folder: str) -> None:
-    """Lets programs that took a second or more to compile be found in `folder` the next time."""
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+def keep(cfg: config.Config) -> None:
+    """Lets programs that took a second or more to compile be found again by the next run."""
+    if cfg.compilation_cache:
+        folder = pathlib.Path(cfg.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class Count:

@@ -9,10 +9,10 @@ import numpy as np
 from pgrpo_jax import compilation
 
 PROGRAM = """
-import sys, jax, jax.numpy as jnp
+import sys, types, jax, jax.numpy as jnp
 from pgrpo_jax import compilation
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-compilation.keep(sys.argv[1])
+compilation.keep(types.SimpleNamespace(compilation_cache=sys.argv[1]))
 hits = []
 jax.monitoring.register_event_listener(
     lambda event, **_: hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None

@@ -119,6 +119,7 @@ OTHER = {
     "train": "other",
     "test": "other",
     "runs/tiny": "other",
+    "~/.cache/pgrpo_jax": "other",
     "float32": "bfloat16",
     "none": "full",
     "auto": "reference",
