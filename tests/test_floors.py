@@ -18,14 +18,9 @@ FLOORS = {
     3: "models.attention models.cache problems sampling sandbox_tests sandbox_check",
     2: "sandbox_slot models.layers models.logprobs tokenizer optimizer configs sandbox_run "
     "kernels.flash_attention roofline kernels.paged_attention cli",
-    1: "kernels.attention sharding algo world figures sandbox_proxy topology memory "
-    "compilation",
+    1: "kernels.attention sharding algo world figures sandbox_proxy topology memory compilation",
     0: "types config rng masked metrics allocator parse compare charts interrupt progress "
-<<<<<<< HEAD
     "sandbox_wire sandbox_jail sandbox_probes hlo hosts scheduler packing",
-=======
-    "sandbox_wire sandbox_jail sandbox_probes hlo hosts scheduler packing compilation",
->>>>>>> integrate
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
