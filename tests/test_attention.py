@@ -1,6 +1,5 @@
 """Which attention runs where, and that the choice changes nothing."""
 
-import dataclasses
 import functools
 
 import jax
@@ -13,7 +12,6 @@ from pgrpo_jax.config import Architecture, Compute
 from pgrpo_jax.configs import tiny
 from pgrpo_jax.kernels import flash_attention
 from pgrpo_jax.models import attention, decoder
-from pgrpo_jax.models import cache as caches
 
 ARCH = Architecture(vocab_size=20, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24)
 
@@ -96,36 +94,6 @@ def test_a_decoder_with_the_kernel_is_the_decoder_with_the_reference(interpreted
     assert set(interpreted) == {10}
     for one, other in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
-
-
-def test_prefill_takes_the_kernel_and_what_follows_reads_the_cache_with_the_reference(interpreted):
-    params = decoder.init(ARCH, Compute(), jax.random.key(0))
-    ids_BT, positions_BT, segments_BT = rows()
-    kernel, reference = Compute(attention="pallas"), Compute(attention="reference")
-
-    def prefilled(compute):
-        empty = caches.empty(ARCH, compute, 2, 10)
-        return decoder.forward(params, ARCH, compute, *rows(), empty)
-
-    (want_BTD, _), (got_BTD, cache) = prefilled(reference), prefilled(kernel)
-    is_token_BT = np.asarray(segments_BT > 0)
-    np.testing.assert_allclose(want_BTD[is_token_BT], got_BTD[is_token_BT], rtol=1e-4, atol=1e-5)
-    assert set(interpreted) == {10}
-    interpreted.clear()
-
-    widths = {"positions_BS": 1, "segments_BS": 1, "k_LBSKH": 2, "v_LBSKH": 2}
-    longer = dataclasses.replace(
-        cache,
-        **{
-            name: jnp.pad(x, [(0, 4 if axis == at else 0) for axis in range(x.ndim)])
-            for name, at in widths.items()
-            for x in [getattr(cache, name)]
-        },
-    )
-    column_B1 = jnp.ones((2, 1), jnp.int32)
-    new = (ids_BT[:, -1:], column_B1 * 6, column_B1)
-    decoder.forward(params, ARCH, kernel, *new, longer)
-    assert not interpreted
 
 
 def test_an_unknown_attention_lists_the_known_ones():

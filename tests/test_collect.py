@@ -6,7 +6,7 @@ import types as modules
 import numpy as np
 import pytest
 
-from pgrpo_jax import collect, data, tokenizer, types, world
+from pgrpo_jax import collect, data, sandbox, tokenizer, types, world
 from pgrpo_jax import config as c
 
 WORDS = tokenizer.load("world")
@@ -74,6 +74,7 @@ class Judge:
 
     def __init__(self, events: list[str], verdicts: list[str]):
         self.events, self.verdicts = events, iter(verdicts)
+        self.counters = sandbox.Counters()
 
     def submit(self, program, tests):
         future = concurrent.futures.Future()
