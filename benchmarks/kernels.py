@@ -80,7 +80,7 @@ def decode_cases(chip: Chip) -> Iterator[Case]:
         # Name, build, options, keys of a block, bytes of a key, cores at work. The public kernels
         # have their best blocks, and run on one core with all of the bandwidth; the blocks of the
         # last are those of one key head.
-        kinds = [
+        kinds: list[tuple[str, str, dict[str, Any], int, int, int]] = [
             ("ours", "build", {"write": False}, own, whole, chip.cores),
             ("ours, writing the new token", "build", {"write": True}, own, whole, chip.cores),
             ("jax ragged_paged_attention", "build_ragged", {"block": 2048}, 2048, whole, 1),

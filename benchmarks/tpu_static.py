@@ -88,7 +88,8 @@ class Node:
 
     def own(self) -> list[int]:
         """The bundles that lie in no child."""
-        bundles, at = [], self.start
+        bundles: list[int] = []
+        at = self.start
         for child in sorted(self.children, key=lambda c: c.start):
             bundles += range(at, child.start)
             at = max(at, child.end)
@@ -372,7 +373,7 @@ def _compile(chip: Chip, builds: list[tuple[str, dict[str, Any]]], folder: pathl
             placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes]
             with jax.set_mesh(mesh):  # public kernels ask which chip they are compiled for
                 compiled = jax.jit(function).lower(*placed).compile()
-            hbm_bytes = compiled.cost_analysis().get("bytes accessed", 0.0)
+            hbm_bytes = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
         except Exception as cause:  # too much VMEM, say: a row of the table, not its end
             error = f"{type(cause).__name__}: {str(cause)[:200]}".splitlines()[0]
         case = folder / f"case-{number}"
