@@ -222,7 +222,7 @@ def test_query_heads_that_do_not_divide_are_refused_by_name():
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2), (1, 1, 4)])
-def test_the_rollout_gets_the_same_parameters_and_the_bytes_are_those_that_are_moved(shape):
+def test_the_rollout_gets_the_same_parameters_and_no_fewer_bytes_are_moved_than_told(shape):
     on, compute = mesh(*shape), c.Compute(dtype="bfloat16")
     given = jax.device_put(params(), sharding.shardings(params(), on))
     program = reshard.compile_reshard(ARCH, compute, on)
@@ -236,10 +236,10 @@ def test_the_rollout_gets_the_same_parameters_and_the_bytes_are_those_that_are_m
         np.testing.assert_array_equal(x, before)
         assert "fsdp" not in x.sharding.spec
     moved = hlo.collective_bytes(hlo.parse(program.lower(given).compile().as_text()))
-    # The CPU's compiler gathers some parameters before it rounds them, which are twice the bytes.
-    exact = reshard.received_bytes(ARCH, compute, on)
-    assert exact <= sum(moved.values()) <= 2 * exact
-    assert (exact == 0) == (shape[1] == 1)
+    # What must come is told. The CPU's compiler gathers some parameters before it rounds them: that
+    # is twice the bytes, and the tied embedding once for each of its two places.
+    least = reshard.received_bytes(ARCH, compute, on)
+    assert 0 < least <= sum(moved.values()) <= 4 * least
 
 
 def test_the_reward_model_may_lie_in_the_hosts_memory_between_uses():

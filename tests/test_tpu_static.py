@@ -1,5 +1,7 @@
 """Reading the TPU compiler's schedule, by hand on small ones and on a dump of a real kernel."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -107,3 +109,17 @@ def test_what_goes_beyond_the_least_is_what_is_left():
     two_gigabytes = jax.ShapeDtypeStruct((10**9,), jnp.int8)
     operation = xla_ops.Operation("copy", lambda x: x, (two_gigabytes,))
     assert xla_ops.row(chip, operation, 2.5e9).endswith("| 2.000 | 20% |")
+
+
+def test_a_kernel_of_the_compiler_is_read():
+    """Five steps of o += a @ b, all 128 x 128, bfloat16 in and float32 out, compiled for v5p."""
+    (kernel,) = tpu_static.read(pathlib.Path(__file__).parent / "data" / "tpu_dump")
+    assert kernel.name == "tiny.1"
+    hot = kernel.hot()
+    # 128 rows of a through b, one a cycle in each of four matrix units.
+    assert kernel.matrix_cycles(range(hot.start, hot.end)) == 128 / 4
+    # a and b twice, one block computed and one on its way; o once.
+    assert kernel.vmem_bytes == (2 * 2 * 2 + 4) * 128 * 128
+    # Zeros are written before the first step only: a region without matrix work, left out.
+    everything = kernel.passed(kernel.main_loop(), lambda node: 1)
+    assert 32 < kernel.step() < everything < len(kernel.bundles)
