@@ -24,7 +24,7 @@ from typing import Any
 
 from pgrpo_jax import sandbox_pool, sandbox_slot, sandbox_wire, sandbox_work
 
-CACHE_SIZE = 1 << 16
+CACHE_SIZE = 1 << 13  # results; a group repeats its programs within a step
 STACK_MB = 512
 TRIES = 2
 

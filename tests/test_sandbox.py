@@ -1,12 +1,15 @@
 """A verdict of the judge can be trusted: honest programs pass, others do not, nothing is left
 behind."""
 
+import asyncio
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import judges
@@ -42,7 +45,8 @@ def processes_of_the_judge() -> list[str]:
             line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if "import sandbox_server" in line or "import sandbox_zygote" in line:
+        ours = str(pathlib.Path(__file__).parent.parent) in line  # others judge here too
+        if ours and ("import sandbox_server" in line or "import sandbox_zygote" in line):
             found.append(f"{pid} {line}")
     return found
 
@@ -171,3 +175,144 @@ def test_a_judge_whose_slots_are_killed_still_gives_right_verdicts(judge):
     for slot in children_of(next(pid for pid in children_of(os.getpid()) if is_server(pid))):
         os.kill(slot, signal.SIGKILL)
     assert [f.result().verdict for f in futures] == ["pass" if i % 2 else "fail" for i in range(60)]
+
+
+# --- what a result says, limits, queues
+
+
+def test_a_result_names_its_tier_and_the_system_calls_that_were_refused(judge):
+    socket = "import socket\ntry:\n    socket.socket()\nexcept OSError:\n    pass\n"
+    result = judge.submit(socket + PRINTS, SUM).result()
+    assert (result.verdict, result.tier, result.denied) == ("pass", judge.tier, ("socket",))
+    fork = "import os\nfor _ in range(99):\n  try:\n    os.fork()\n  except OSError:\n    pass\n"
+    assert judge.submit(fork + ADDS, ADD).result().denied == ("clone",)
+    assert judge.submit(PRINTS, SUM).result().denied == ()
+
+
+def test_all_tests_of_a_program_together_have_a_deadline():
+    slow = "import time\nwhile time.process_time() < 0.3: pass\n" + PRINTS
+    tests = types.Tests("stdin", SUM.inputs * 5, SUM.outputs * 5)
+    with sandbox.Judge(dataclasses.replace(LIMITS, program_timeout_s=1.0)) as judge:
+        result = judge.submit(slow, tests).result()
+    assert result.verdict == "timeout" and 2 <= result.passed <= 4
+    assert result.cpu_s < 1.3
+
+
+def test_a_batchs_deadline_costs_only_what_was_not_judged_by_then():
+    loops = [(f"while True: pass\n# {i}", SUM) for i in range(12)]
+    with sandbox.Judge(dataclasses.replace(LIMITS, workers=1)) as judge:
+        judge.submit(PRINTS, SUM).result()
+        results = judge.batch([(PRINTS, SUM), *loops], timeout_s=2.5)
+        assert results[0].verdict == "pass"
+        assert results[-1].verdict == "infra" and "2.5 s of its batch" in results[-1].failure
+        assert judge.submit(PRINTS + "\n# again", SUM).result().verdict == "pass"
+
+
+def test_whoever_hands_in_more_than_the_queue_holds_waits_and_nothing_is_lost():
+    with sandbox.Judge(dataclasses.replace(LIMITS, queue=3)) as judge:
+        futures = [judge.submit(f"{PRINTS}\n# {i}", SUM) for i in range(30)]
+        assert sum(not f.done() for f in futures) <= 3
+        assert all(f.result().verdict == "pass" for f in futures)
+
+
+def test_coroutines_may_wait_for_results(judge):
+    async def both():
+        return await asyncio.gather(judge.judge(PRINTS, SUM), judge.judge("print(1)", SUM))
+
+    assert [r.verdict for r in asyncio.run(both())] == ["pass", "fail"]
+
+
+def test_limits_may_be_given_with_a_program(judge):
+    result = judge.submit("while True: pass\n#", SUM, timeout_s=0.2).result()
+    assert result.verdict == "timeout" and result.cpu_s < 0.5
+    assert judge.submit("x = bytearray(10**8)", SUM, memory_mb=64).result().verdict == "memory"
+
+
+def test_the_counters_tell_runs_and_rebuilt_slots():
+    with sandbox.Judge(LIMITS) as judge:
+        judge.submit(PRINTS, SUM).result()
+        assert judge.counters == sandbox.Counters(runs=2, slot_rebuilds=0)
+        for slot in children_of(judge._process.pid):
+            os.kill(slot, signal.SIGKILL)
+        assert judge.submit(PRINTS + "\n#", SUM).result().verdict == "pass"
+        assert judge.counters.slot_rebuilds >= 1
+
+
+CHECKER = """
+import sys
+given, printed, answer = (open(path).read() for path in sys.argv[1:])
+a, b = map(int, printed.split())
+sys.exit(0 if a + b == int(answer) else 1)
+"""
+
+
+def test_a_checker_program_decides_and_its_own_failure_is_the_judges(judge):
+    tests = types.Tests("stdin", ("", ""), ("7", "7"), checker=CHECKER)
+    assert verdict(judge, "print(3, 4)", tests) == "pass"
+    assert verdict(judge, "print(3, 5)", tests) == "fail"
+    assert verdict(judge, "print(3)", tests) == "infra"
+
+
+def close_enough(given, wanted, printed):
+    return abs(int(wanted) - int(printed)) <= 1
+
+
+def test_a_trusted_checker_is_a_function_of_the_callers():
+    name = f"{__name__}:close_enough"
+    tests = types.Tests("stdin", ("", ""), ("7", "7"), checker=name)
+    with sandbox.Judge(LIMITS) as judge:
+        assert verdict(judge, "print(8)", tests) == "pass"
+        assert verdict(judge, "print(9)", tests) == "fail"
+        assert verdict(judge, "print('x')", tests) == "infra"
+
+
+def test_weak_passes_count_only_where_the_user_says_so():
+    case = (
+        "import unittest\nfrom unittest.mock import patch\nclass T(unittest.TestCase):\n"
+        "    @patch('time.time', return_value=5)\n    def test(self, _):\n"
+        "        self.assertEqual(now(), 5)\n"
+    )
+    program, tests = (
+        "import time\ndef now():\n    return time.time()",
+        types.Tests("unittest", code=(case,)),
+    )
+    for accept, wanted in ((False, "fail"), (True, "pass")):
+        with sandbox.Judge(dataclasses.replace(LIMITS, accept_weak=accept)) as judge:
+            result = judge.submit(program, tests).result()
+            assert (result.verdict, result.weak) == (wanted, True)
+
+
+def test_packages_in_the_machines_temporary_folder_do_not_break_the_jail(monkeypatch):
+    folder = pathlib.Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    (folder / "inmytmp.py").write_text("x = 7")
+    monkeypatch.setattr(sandbox, "_packages", lambda: [str(folder)])
+    with sandbox.Judge(LIMITS) as judge:
+        program = "import inmytmp\nprint(inmytmp.x)"
+        assert verdict(judge, program, types.Tests("stdin", ("",), ("7",))) == "pass"
+    shutil.rmtree(folder)
+
+
+def test_below_both_tiers_nothing_is_judged_unless_the_user_insists(monkeypatch):
+    monkeypatch.setattr(sandbox, "_BOOT", NO_JAIL + sandbox._BOOT)
+    with pytest.raises(RuntimeError, match="no way to hold programs.*namespaces: .*landlock: "):
+        sandbox.Judge(LIMITS)
+    with pytest.warns(UserWarning, match="UNSAFE JUDGE.*read a file outside.*Do not train"):
+        judge = sandbox.Judge(dataclasses.replace(LIMITS, allow_unsafe=True))
+    with judge:
+        result = judge.submit(PRINTS, SUM).result()
+        assert (result.verdict, result.tier) == ("pass", "unsafe")
+
+
+# The server as on a machine where both tiers fail: its slots ask for jails that there are not.
+NO_JAIL = """
+import sys
+sys.path.append(sys.argv[1])
+from pgrpo_jax import sandbox_slot as slot
+call = "sandbox_zygote.main"
+no_jail = (
+    "j = __import__('pgrpo_jax.sandbox_jail', fromlist=[1]); "
+    "j.landlock = j.enter = lambda *_: (_ for _ in ()).throw(OSError('none')); "
+)
+slot._PYTHON = *slot._PYTHON[:-1], slot._PYTHON[-1].replace(call, no_jail + call)
+"""
