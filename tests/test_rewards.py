@@ -350,6 +350,7 @@ def test_metrics_of_a_batch_by_hand(monkeypatch):
         "judge/slot_rebuilds": 1,
         "completions/no_program": 1 / 5,
         "completions/no_reasoning": 0,
+        "completions/reasoning_characters": len(REASONING.strip("\n")),
         "rewards/format/passing": 1,
         "rewards/format/failing": 1 / 2,
         "rewards/thinking/passing": pytest.approx((0.9 + 0.8) / 2),
