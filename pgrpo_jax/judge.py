@@ -45,10 +45,10 @@ class Line:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0, 1 if a line was not judged or a self-test failed, 2 without a judge."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
     if (options.file is None) != options.self_test:
-        parser.error("wanted either a file of JSON lines (- for standard input) or --self-test")
+        command.error("wanted either a file of JSON lines (- for standard input) or --self-test")
     try:
         cfg = config.JudgeConfig(
             workers=options.workers or len(os.sched_getaffinity(0)),
@@ -67,13 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
         prog="python -m pgrpo_jax.judge",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = parser.add_argument
+    option = made.add_argument
     option("file", nargs="?", metavar="FILE", help="JSON lines, - for standard input")
     option("--self-test", action="store_true", help="try each jail with attacks and report")
     option("--workers", type=int, default=0, help="programs at one time; 0: the machine's cores")
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count passes of tests that patch the program's own interpreter",
     )
-    return parser
+    return made
 
 
 # --- lines

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from pgrpo_jax import cli, compile
+from pgrpo_jax import cli, compile, judge
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,7 +18,9 @@ COMMANDS = re.findall(r"python -m ((?:pgrpo_jax|benchmarks)\.\w+)(.*)", BLOCKS)
 def test_each_command_names_a_module_and_options_that_exist(module, options):
     file = ROOT / f"{module.replace('.', '/')}.py"
     assert "__main__" in file.read_text()
-    if module.startswith("pgrpo_jax"):
+    if module == "pgrpo_jax.judge":
+        judge.parser().parse_args(shlex.split(options))
+    elif module.startswith("pgrpo_jax"):
         kind = compile.Line if module == "pgrpo_jax.compile" else cli.CommandLine
         cli.parse(shlex.split(options), "", module, kind)
 
