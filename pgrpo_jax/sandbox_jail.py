@@ -59,10 +59,10 @@ def drop_capabilities() -> None:
 def limit(cpu_s: int, memory_mb: int, file_mb: int) -> None:
     """Backstops inside the program's process; the judge's clock outside acts first.
 
-    Address space is more than memory: the stacks of threads are reserved, not used. The judge
-    watches the memory in use.
+    Address space is more than memory: the stacks of threads are reserved, not used, and a hundred
+    threads are no attack. The judge watches the memory in use.
     """
-    space = (memory_mb + 1024) * MEGABYTE
+    space = (memory_mb + 4096) * MEGABYTE
     for what, amount in (
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_AS, space),
