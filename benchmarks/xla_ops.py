@@ -62,7 +62,7 @@ def rotary(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def chunk_logprobs(x_BTD: jax.Array, w_DV: jax.Array, ids_BT: jax.Array) -> Any:
-    return logprobs.logprobs(x_BTD, w_DV, ids_BT, 1.0, CHUNK)
+    return logprobs.logprobs(x_BTD, w_DV, ids_BT, jnp.ones_like(ids_BT, bool), 1.0, CHUNK)
 
 
 def chunk_gradient(x_BTD: jax.Array, w_DV: jax.Array, ids_BT: jax.Array) -> Any:

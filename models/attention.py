@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from pgrpo_jax import sharding
 from pgrpo_jax.config import Attention, Compute
 from pgrpo_jax.kernels import attention as kernel
-from pgrpo_jax.kernels import flash_attention
+from pgrpo_jax.kernels import blocked_attention, flash_attention
 
-PLATFORMS = {"pallas": "tpu", "cudnn": "gpu"}  # the reference runs everywhere
+PLATFORMS = {"pallas": "tpu", "cudnn": "gpu"}  # the others run everywhere
 
 
 def resolve(compute: Compute, platform: str) -> Compute:
@@ -22,10 +22,10 @@ def resolve(compute: Compute, platform: str) -> Compute:
       ValueError: the named one does not run on that platform, or not in that dtype.
     """
     half = compute.dtype == "bfloat16"
-    best: dict[str, Attention] = {"tpu": "pallas", "gpu": "cudnn" if half else "reference"}
+    best: dict[str, Attention] = {"tpu": "pallas", "gpu": "cudnn" if half else "blocked"}
     name = compute.attention
     if name == "auto":
-        name = best.get(platform, "reference")
+        name = best.get(platform, "blocked")
     if PLATFORMS.get(name, platform) != platform:
         raise ValueError(
             f"attention={name!r} runs on a {PLATFORMS[name]} and this is a {platform}; take 'auto' "
@@ -60,6 +60,7 @@ def attend(
     implementations: dict[str, Callable[..., jax.Array]] = {
         "pallas": _pallas,
         "cudnn": _cudnn,
+        "blocked": _blocked,
         "reference": kernel.reference,
     }
     if compute.attention not in implementations:
@@ -70,6 +71,10 @@ def attend(
     implementation = implementations[compute.attention if among_themselves else "reference"]
     rows = (positions_BT, segments_BT)
     return implementation(q_BTNH, k_BSKH, v_BSKH, *rows, positions_BS, segments_BS)
+
+
+def _blocked(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
+    return blocked_attention.blocked_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)
 
 
 def _pallas(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):

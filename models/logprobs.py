@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pgrpo_jax import sharding
+from pgrpo_jax.models import layers
 
 
 def chunk_tokens(megabytes: int, vocab_size: int) -> int:
@@ -18,37 +19,43 @@ def chunk_tokens(megabytes: int, vocab_size: int) -> int:
 
 
 def logprobs(
-    x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, temperature: float, chunk: int
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    wanted_BT: jax.Array,
+    temperature: float,
+    chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(x w / temperature) at the targets, and that softmax's entropy, float32 [B, T].
 
     Logits are float32 and exist for about `chunk` tokens (over all devices) at one time, at least
-    one column of the batch. No gradient passes through the entropy.
+    one column of the batch. A chunk of which nothing is wanted costs nothing, and is 0. No gradient
+    passes through the entropy.
     """
-    B, T, D = x_BTD.shape
+    B, T, _ = x_BTD.shape
     # Chunks are cut along T: B is split over devices, and a scan over a split axis would gather it.
     chunks = min(T, math.ceil(B * T / chunk))
     length = math.ceil(T / chunks)
     # In float32 the gradient of `w` is summed over chunks in float32 too.
     w_DV = w_DV.astype(jnp.float32)
 
-    @jax.checkpoint
     def of_chunk(x_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         w = w_DV.astype(x_BTD.dtype)
-        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w, preferred_element_type=jnp.float32)
+        logits_BTV = layers.einsum("BTD,DV->BTV", x_BTD, w, preferred=jnp.float32)
         logits_BTV = sharding.constrain(logits_BTV, "BTV")
         return of_logits(logits_BTV / temperature, targets_BT)
 
-    if chunks == 1:
-        return of_chunk(x_BTD, targets_BT)
-    pad = chunks * length - T
-    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0)))
-    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, pad)))
-    columns = (
-        x_BTD.reshape(B, chunks, length, D).swapaxes(0, 1),
-        targets_BT.reshape(B, chunks, length).swapaxes(0, 1),
-    )
-    _, outputs = lax.scan(lambda carry, xs: (carry, of_chunk(*xs)), (), columns)
+    @jax.checkpoint
+    def of_wanted(x_BTD: jax.Array, targets_BT: jax.Array, some: jax.Array):
+        nothing = jnp.zeros(targets_BT.shape, jnp.float32)
+        return lax.cond(some, of_chunk, lambda *_: (nothing, nothing), x_BTD, targets_BT)
+
+    def cut(y_BT: jax.Array) -> jax.Array:
+        y_BT = jnp.pad(y_BT, ((0, 0), (0, chunks * length - T), *((0, 0),) * (y_BT.ndim - 2)))
+        return y_BT.reshape(B, chunks, length, *y_BT.shape[2:]).swapaxes(0, 1)
+
+    columns = (cut(x_BTD), cut(targets_BT), cut(wanted_BT).any((1, 2)))
+    _, outputs = lax.scan(lambda carry, xs: (carry, of_wanted(*xs)), (), columns)
     logp_BT, entropy_BT = (y.swapaxes(0, 1).reshape(B, chunks * length)[:, :T] for y in outputs)
     return logp_BT, entropy_BT
 
@@ -81,7 +88,25 @@ def token_logprobs(
     """
     # Position t is predicted from x at t - 1.
     predicts_BT = jnp.roll(mask_BT, -1, axis=1).at[:, -1].set(False)
-    x_BTD = jnp.where(predicts_BT[..., None], x_BTD, 0)
-    outputs = logprobs(x_BTD, w_DV, jnp.roll(ids_BT, -1, axis=1), temperature, chunk)
-    logp_BT, entropy_BT = (jnp.where(mask_BT, jnp.roll(y, 1, axis=1), 0) for y in outputs)
+    # What is asked for comes to the front of each row, and the chunks behind it are passed over:
+    # prompts never meet the vocabulary.
+    order_BT = jnp.argsort(~predicts_BT, axis=1, stable=True)
+
+    def front(y_BT: jax.Array) -> jax.Array:
+        index = order_BT.reshape(*order_BT.shape, *(1,) * (y_BT.ndim - 2))
+        return jnp.take_along_axis(y_BT, index, axis=1, mode="promise_in_bounds")
+
+    outputs = logprobs(
+        front(jnp.where(predicts_BT[..., None], x_BTD, 0)),
+        w_DV,
+        front(jnp.roll(ids_BT, -1, axis=1)),
+        front(predicts_BT),
+        temperature,
+        chunk,
+    )
+    place_BT = jnp.argsort(order_BT, axis=1)
+    logp_BT, entropy_BT = (
+        jnp.where(mask_BT, jnp.roll(jnp.take_along_axis(y, place_BT, axis=1), 1, axis=1), 0)
+        for y in outputs
+    )
     return logp_BT, entropy_BT

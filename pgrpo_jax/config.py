@@ -32,7 +32,7 @@ PositiveFloat = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 Dimension = Literal["accuracy", "rigor", "coherence"]
-Attention = Literal["auto", "pallas", "cudnn", "reference"]
+Attention = Literal["auto", "pallas", "cudnn", "blocked", "reference"]
 Tier = Literal["auto", "namespaces", "landlock"]
 
 

@@ -22,8 +22,8 @@ ARCH = Architecture(vocab_size=20, width=16, layers=2, heads=4, kv_heads=2, head
         ("tpu", "bfloat16", "pallas"),
         ("tpu", "float32", "pallas"),
         ("gpu", "bfloat16", "cudnn"),
-        ("gpu", "float32", "reference"),
-        ("cpu", "bfloat16", "reference"),
+        ("gpu", "float32", "blocked"),
+        ("cpu", "bfloat16", "blocked"),
     ],
 )
 def test_auto_becomes_the_best_of_the_platform(platform, dtype, want):
@@ -47,10 +47,8 @@ def test_an_attention_that_is_not_there_is_refused(name, platform, sentence):
 
 def test_the_choice_is_made_once_and_said(capsys):
     chosen = start.resolved(tiny.config())
-    assert chosen.policy.compute.attention == chosen.reward_model.compute.attention == "reference"
-    assert capsys.readouterr().err == (
-        "attention  policy reference, reward model reference (on cpu)\n"
-    )
+    assert chosen.policy.compute.attention == chosen.reward_model.compute.attention == "blocked"
+    assert capsys.readouterr().err == ("attention  policy blocked, reward model blocked (on cpu)\n")
     assert start.resolved(chosen) == chosen
     assert not capsys.readouterr().err
 

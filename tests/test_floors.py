@@ -15,16 +15,16 @@ FLOORS = {
     6: "start fit update supervised report summary sandbox sandbox_server rollout",
     5: "models.reward checkpoint sandbox_pool reshard decoding",
     4: "models.decoder models.load data sandbox_work sandbox_zygote models.decode",
-    3: "models.attention models.cache problems sampling sandbox_tests sandbox_check",
-    2: "sandbox_slot models.layers models.logprobs tokenizer optimizer configs sandbox_run "
-    "kernels.flash_attention roofline kernels.paged_attention cli",
+    3: "models.attention models.cache models.logprobs problems sampling sandbox_tests sandbox_check",
+    2: "sandbox_slot models.layers tokenizer optimizer configs sandbox_run "
+    "kernels.flash_attention kernels.blocked_attention roofline kernels.paged_attention cli",
     1: "kernels.attention sharding algo world figures sandbox_proxy topology memory compilation",
     0: "types config rng masked metrics allocator parse compare charts interrupt progress "
     "sandbox_wire sandbox_jail sandbox_probes hlo hosts scheduler packing",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}
-ARRAYS_ONLY = ("algo", "kernels.attention", "kernels.flash_attention", "kernels.paged_attention")
+ARRAYS_ONLY = ("algo", *(m for m in FLOOR if m.startswith("kernels.")))
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -24,6 +24,9 @@ def inputs():
     return x_BTD, w_DV, targets_BT, jax.random.normal(keys[3], (B, T))
 
 
+ALL_BT = jnp.ones((B, T), bool)
+
+
 def plain(x_BTD, w_DV, targets_BT, temperature):
     logp_BTV = jax.nn.log_softmax(x_BTD @ w_DV / temperature)
     logp_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -40,7 +43,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk):
     x_BTD, w_DV, targets_BT, cotangent_BT = inputs()
 
     def chunked(x_BTD, w_DV):
-        return logprobs.logprobs(x_BTD, w_DV, targets_BT, 0.7, chunk)
+        return logprobs.logprobs(x_BTD, w_DV, targets_BT, ALL_BT, 0.7, chunk)
 
     def whole(x_BTD, w_DV):
         return plain(x_BTD, w_DV, targets_BT, 0.7)
@@ -57,7 +60,7 @@ def test_no_gradient_passes_through_the_entropy():
     x_BTD, w_DV, targets_BT, _ = inputs()
 
     def entropy(x_BTD, w_DV):
-        return jnp.sum(logprobs.logprobs(x_BTD, w_DV, targets_BT, 1.0, B)[1])
+        return jnp.sum(logprobs.logprobs(x_BTD, w_DV, targets_BT, ALL_BT, 1.0, B)[1])
 
     for grad in jax.grad(entropy, argnums=(0, 1))(x_BTD, w_DV):
         assert not np.any(grad)
@@ -69,7 +72,7 @@ def test_the_logits_of_all_tokens_never_exist_forward_or_backward():
     w_DV = jax.random.normal(jax.random.key(1), (D, wide))
 
     def chunked(x_BTD, w_DV):
-        return logprobs.logprobs(x_BTD, w_DV, targets_BT, 1.0, chunk)
+        return logprobs.logprobs(x_BTD, w_DV, targets_BT, ALL_BT, 1.0, chunk)
 
     for program in (jax.jit(chunked), gradient(chunked, cotangent_BT)):
         compiled = program.lower(x_BTD, w_DV).compile()
@@ -85,7 +88,7 @@ def test_chunks_of_a_split_batch_are_not_gathered():
     x_BTD, w_DV, targets_BT, cotangent_BT = inputs()
 
     def value(x_BTD, w_DV):
-        logp_BT, _ = logprobs.logprobs(x_BTD, w_DV, targets_BT, 1.0, 2 * B)
+        logp_BT, _ = logprobs.logprobs(x_BTD, w_DV, targets_BT, ALL_BT, 1.0, 2 * B)
         return jnp.sum(logp_BT * cotangent_BT)
 
     step = jax.jit(jax.grad(value), in_shardings=(rows, everywhere), out_shardings=rows)
@@ -99,10 +102,10 @@ def test_the_gradient_of_bfloat16_activations_is_summed_in_float32():
     # of them.
     n = 4096
     x_BTD, w_DV = jnp.ones((1, n, 1), jnp.bfloat16), jnp.zeros((1, 2))
-    targets_BT = jnp.zeros((1, n), jnp.int32)
+    targets_BT, all_BT = jnp.zeros((1, n), jnp.int32), jnp.ones((1, n), bool)
 
     def value(w_DV):
-        return jnp.sum(logprobs.logprobs(x_BTD, w_DV, targets_BT, 1.0, 1)[0])
+        return jnp.sum(logprobs.logprobs(x_BTD, w_DV, targets_BT, all_BT, 1.0, 1)[0])
 
     # d logp / d w = [1 - 1/2, -1/2] per token
     close(jax.grad(value)(w_DV), jnp.asarray([[n / 2, -n / 2]]))
@@ -133,3 +136,14 @@ def test_activations_outside_the_mask_reach_no_gradient(poison):
     dirty_BTD = jnp.where(predicts_T[None, :, None], x_BTD, poison)
     clean, poisoned = both(x_BTD, w_DV), both(dirty_BTD, w_DV)
     assert all(map(np.array_equal, jax.tree.leaves(clean), jax.tree.leaves(poisoned)))
+
+
+def test_what_is_not_asked_for_never_meets_the_vocabulary():
+    x_BTD, w_DV, ids_BT, _ = inputs()
+    scattered_BT = jax.random.bernoulli(jax.random.key(5), 0.4, (B, T)).at[:, 0].set(False)
+    logp_BT, _ = logprobs.token_logprobs(x_BTD, w_DV, ids_BT, scattered_BT, 0.7, B)
+    want_BT, _ = plain(x_BTD[:, :-1], w_DV, ids_BT[:, 1:], 0.7)
+    close(logp_BT[:, 1:], jnp.where(scattered_BT[:, 1:], want_BT, 0))
+    # A vocabulary of NaN shows which chunks were computed: as many as the fullest row asks for.
+    chunks = logprobs.logprobs(x_BTD, w_DV * jnp.nan, ids_BT, ALL_BT.at[:, 4:].set(False), 1.0, B)
+    assert np.isnan(chunks[0]).sum() == B * 4 and not np.any(chunks[0][:, 4:])

@@ -85,7 +85,7 @@ def full_forward(params, ids_1T, mask_1T, temperature):
     segments_1T = mask_1T.astype(jnp.int32)
     x_1TD = decoder.forward(params, ARCH, COMPUTE, ids_1T, positions_1T, segments_1T)
     w_DV, next_1T = decoder.unembedding(params, ARCH), jnp.roll(ids_1T, -1, axis=1)
-    return logprobs.logprobs(x_1TD, w_DV, next_1T, temperature, 1024)[0], x_1TD @ w_DV
+    return logprobs.logprobs(x_1TD, w_DV, next_1T, mask_1T, temperature, 1024)[0], x_1TD @ w_DV
 
 
 def recomputed(completion, temperature):
@@ -149,7 +149,7 @@ def test_bfloat16_samples_have_nearly_the_log_probabilities_of_the_full_forward(
         ids_1T = np.pad(ids_1T, ((0, 0), (0, 64 - ids_1T.shape[1])))
         x_1TD = decoder.forward(params(), ARCH, half, ids_1T, np.arange(64)[None], segments_1T)
         w_DV, next_1T = decoder.unembedding(params(), ARCH), jnp.roll(ids_1T, -1, axis=1)
-        logp_1T, _ = logprobs.logprobs(x_1TD, w_DV, next_1T, CFG.temperature, 1024)
+        logp_1T, _ = logprobs.logprobs(x_1TD, w_DV, next_1T, segments_1T > 0, CFG.temperature, 1024)
         recomputed_T = np.asarray(logp_1T[0, start - 1 : start - 1 + len(c.ids)])
         distances.append(np.abs(c.logps - recomputed_T))
     distances = np.concatenate(distances)
