@@ -59,7 +59,10 @@ def config() -> Config:
         ),
         rollout=RolloutConfig(prompts_per_step=16, max_completion_length=52, prompt_buckets=(28,)),
         rewards=RewardsConfig(thinking_max_length=60, shadow_fraction=0.25),
-        update=UpdateConfig(steps=150, optimizer=Optimizer(learning_rate=2e-4, schedule="cosine")),
-        evaluation=EvaluationConfig(every_steps=25),
+        update=UpdateConfig(
+            steps=300,
+            optimizer=Optimizer(learning_rate=2e-4, warmup_steps=20, schedule="cosine"),
+        ),
+        evaluation=EvaluationConfig(every_steps=50),
         judge=JudgeConfig(timeout_s=2.0, memory_mb=256),
     )

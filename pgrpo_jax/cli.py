@@ -13,9 +13,11 @@ import difflib
 import importlib
 import importlib.util
 import json
+import linecache
 import pathlib
 import pkgutil
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +47,8 @@ Line = typing.TypeVar("Line", bound=CommandLine)
 def run(main: Callable[[Config], None], doc: str, argv: Sequence[str] | None = None) -> None:
     """Parses the command line, then calls `main` with the settings, or prints them for `--dry-run`.
 
-    A mistake on the command line ends the process with one sentence and status 2.
+    A mistake on the command line ends the process with one sentence and status 2, and so does what
+    the command itself refuses: a folder, a file, a device.
     """
     run_line(lambda line: main(line.run), CommandLine, doc, argv)
 
@@ -68,7 +71,23 @@ def run_line(
 
     allocator.keep_freed_memory()
     compilation.keep(line.run)
-    main(line)
+    try:
+        main(line)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        if not is_refusal(error):
+            raise
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether this package raised the error, in a statement of its own: its words are for the user.
+    What a library raised, or an expression of ours, is a bug's and keeps its traceback."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    package = str(frame.f_globals.get("__package__")).split(".")[0]
+    return package == __package__ and linecache.getline(
+        frame.f_code.co_filename, line
+    ).lstrip().startswith("raise ")
 
 
 def parse(argv: Sequence[str], doc: str, program: str, kind: type[Line]) -> Line:

@@ -19,7 +19,6 @@ from pgrpo_jax import (
     cli,
     config,
     data,
-    hosts,
     metrics,
     parse,
     rng,
@@ -140,9 +139,9 @@ def area_under_curve(above: np.ndarray, below: np.ndarray) -> float:
     return float(np.mean((gaps > 0) + 0.5 * (gaps == 0)))
 
 
+@start.stage
 def run(cfg: config.Config) -> None:
     """Evaluates the run's newest policy and prints a table."""
-    hosts.join(cfg.mesh.hosts)
     cfg = start.resolved(cfg)
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.newest_policy(cfg, mesh)

@@ -18,6 +18,7 @@ import rich.console
 from pgrpo_jax import cli, config, rng, start, world
 
 
+@start.stage
 def run(cfg: config.Config) -> None:
     """The whole stage."""
     out = start.folder(cfg, start.PAIRS)

@@ -21,8 +21,9 @@ from typing import Any, Self, SupportsFloat, TextIO
 class CompletionRow:
     """One sampled answer as it stands in completions.jsonl.
 
-    `verdicts` has one entry a test that ran. `rewards` holds `format`, `outcome`, `thinking` (None
-    where the reward model was not asked) and a user's own terms. `length` is in tokens.
+    `verdicts` has one entry a test that ran, `tier` names the jail that they ran in. `rewards`
+    holds `format`, `outcome`, `thinking` (None where the reward model was not asked) and a user's
+    own terms. `length` is in tokens.
     """
 
     problem_id: str
@@ -32,6 +33,7 @@ class CompletionRow:
     code: str
     verdict: str
     verdicts: tuple[str, ...]
+    tier: str
     rewards: Mapping[str, float | None]
     advantage: float
     length: int

@@ -164,6 +164,7 @@ class Scored:
                 code=self.parsed[i].program,
                 verdict=self.results[i].verdict,
                 verdicts=self.results[i].verdicts,
+                tier=self.results[i].tier,
                 rewards={
                     name: None if np.isnan(term_B[i]) else float(term_B[i])
                     for name, term_B in self.terms.items()

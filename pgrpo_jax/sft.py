@@ -13,7 +13,6 @@ from pgrpo_jax import (
     config,
     data,
     fit,
-    hosts,
     optimizer,
     sharding,
     start,
@@ -24,9 +23,9 @@ from pgrpo_jax import (
 from pgrpo_jax.models import load
 
 
+@start.stage
 def run(cfg: config.Config) -> None:
     """The whole stage."""
-    hosts.join(cfg.mesh.hosts)
     out = start.folder(cfg, start.SFT)
     if not cfg.sft.steps or start.is_done(out):
         return

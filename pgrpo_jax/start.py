@@ -1,14 +1,19 @@
 """What every stage begins with: problems, and the models in their newest state in this run's
 folder."""
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
+import os
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import rich.console
 
-from pgrpo_jax import config, data, rng, sharding, types, world
+from pgrpo_jax import config, data, hosts, rng, sharding, types, world
 from pgrpo_jax.config import Architecture, Config
 from pgrpo_jax.models import attention, decoder, load, reward
 
@@ -16,6 +21,54 @@ from pgrpo_jax.models import attention, decoder, load, reward
 SFT, REWARD_MODEL, PAIRS, POLICY = "sft", "reward_model", "pairs.jsonl", "policy"
 
 Params = Any
+
+_held: set[pathlib.Path] = set()  # the folders that are this process's own
+
+
+def stage(run: Callable[[Config], None]) -> Callable[[Config], None]:
+    """A command that writes into the run's folder: joins the run's processes, and keeps every other
+    command out of the folder until it returns.
+
+    Raises:
+      ValueError: another command is at work in that folder, or another number of processes came
+        together.
+    """
+
+    @functools.wraps(run)
+    def alone(cfg: Config) -> None:
+        hosts.join(cfg.mesh.hosts)
+        with held(pathlib.Path(cfg.workdir)):
+            run(cfg)
+
+    return alone
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """The folder belongs to this process alone in the block, which may stand in another of its
+    kind. Where a file system has no locks, nothing is held."""
+    folder = folder.resolve()
+    if folder in _held or jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"another command is at work in {folder}; wait until it ends, or name another folder "
+            "with --workdir"
+        ) from None
+    except OSError:
+        pass
+    _held.add(folder)
+    try:
+        yield
+    finally:
+        _held.remove(folder)
+        os.close(descriptor)
 
 
 def resolved(cfg: Config) -> Config:

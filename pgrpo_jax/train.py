@@ -19,7 +19,6 @@ from pgrpo_jax import (
     config,
     fit,
     grpo,
-    hosts,
     make_pairs,
     metrics,
     report,
@@ -35,12 +34,12 @@ from pgrpo_jax import (
 from pgrpo_jax.models import load
 
 
+@start.stage
 def run(cfg: config.Config) -> None:
     """The whole job; ends with a table and `report.html`."""
     config.require(
         cfg.update.steps > 0, "update.steps is 0: there is nothing to train; set --update.steps"
     )
-    hosts.join(cfg.mesh.hosts)
     claim_folder(cfg)
     cfg = start.resolved(cfg)
     try:

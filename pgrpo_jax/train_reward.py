@@ -19,7 +19,6 @@ from pgrpo_jax import (
     config,
     data,
     fit,
-    hosts,
     optimizer,
     sharding,
     start,
@@ -29,9 +28,9 @@ from pgrpo_jax import (
 from pgrpo_jax.models import load
 
 
+@start.stage
 def run(cfg: config.Config) -> None:
     """The whole stage."""
-    hosts.join(cfg.mesh.hosts)
     out, settings = start.folder(cfg, start.REWARD_MODEL), cfg.reward_training
     if not settings.steps or start.is_done(out):
         return

@@ -33,6 +33,30 @@ def test_lines_agree_only_if_all_of_them_do(want, got):
     assert (compare.lines(text[0], text[1].encode()) == "") == (want == got)
 
 
+@given(
+    st.lists(st.floats(-1e12, 1e12), min_size=1),
+    st.floats(-3, 3).filter(lambda off: not 0.999 < abs(off) < 1.001),
+    st.data(),
+)
+def test_floats_agree_exactly_if_each_is_within_the_tolerance(wanted, off, data):
+    i = data.draw(st.integers(0, len(wanted) - 1))
+    got = list(wanted)
+    got[i] += off * compare.TOLERANCE * max(1.0, abs(wanted[i]))
+    agree = compare.floats(
+        " ".join(map(repr, wanted)), "\n".join(f"{x:.17g}" for x in got).encode()
+    )
+    assert (agree == "") == (abs(off) < 1)
+
+
+@given(st.lists(st.integers(-(10**9), 10**9), min_size=1))
+def test_floats_takes_decimals_where_integers_are_wanted_and_nothing_that_is_no_number(wanted):
+    text = " ".join(map(str, wanted))
+    assert compare.floats(text, " ".join(f"{x}.0000001" for x in wanted).encode()) == ""
+    assert compare.floats(text, text.encode() + b" 1") != ""
+    for word in (b"nan", b"inf", b"x", b"1_0"):
+        assert compare.floats(text, b" ".join([word] * len(wanted))) != ""
+
+
 @pytest.mark.parametrize(
     ("want", "got"),
     [

@@ -26,8 +26,8 @@ log = metrics.Log(workdir, "grpo", first_step=first)
 for step in range(first, last):
     row = metrics.CompletionRow(
         problem_id=f"p{step}", prompt="é?", completion="<think>\\n", reasoning="", code="",
-        verdict="fail", verdicts=("pass", "fail"), rewards={"format": 0.0, "thinking": None},
-        advantage=step / 7, length=3, truncated=False)
+        verdict="fail", verdicts=("pass", "fail"), tier="landlock",
+        rewards={"format": 0.0, "thinking": None}, advantage=step / 7, length=3, truncated=False)
     log.metrics(step, {"reward": step / 3})
     log.completions(step, [row, row])
 if end == "kill":
@@ -51,6 +51,7 @@ def row(**values) -> metrics.CompletionRow:
         code="y",
         verdict="pass",
         verdicts=("pass",),
+        tier="landlock",
         rewards={"format": 1.0, "outcome": 1.0, "thinking": 0.5, "short": 0.1},
         advantage=0.25,
         length=9,

@@ -75,6 +75,7 @@ def completion(step: int, sample: int) -> metrics.CompletionRow:
         code=code,
         verdict="pass" if passes else "timeout",
         verdicts=("pass",) * 6 if passes else ("pass", "pass", "fail", "timeout"),
+        tier="landlock",
         rewards={"format": 1.0, "outcome": float(passes), "thinking": 0.83 if passes else None},
         advantage=0.5 if passes else -1.25,
         length=47,

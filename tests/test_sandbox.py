@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import judges
 import pytest
 
 from pgrpo_jax import config, sandbox, types
+from pgrpo_jax import sandbox_jail as jail
 
 LIMITS = config.JudgeConfig(workers=2, timeout_s=1.0, memory_mb=256, output_kb=64)
 SUM = types.Tests("stdin", ("3 4\n", "10 -4\n"), ("7\n", "6\n"))
@@ -137,6 +139,7 @@ def test_a_closed_judge_answers_infra():
 TRAINER = """
 import sys
 from pgrpo_jax import config, sandbox, types
+from pgrpo_jax import sandbox_jail as jail
 judge = sandbox.Judge(config.JudgeConfig(workers=2, tier=sys.argv[1]))
 judge.submit("while True: pass", types.Tests("stdin", ("",), ("",)))
 judge.submit("print()", types.Tests("stdin", ("",), ("",))).result()
@@ -291,6 +294,28 @@ def test_packages_in_the_machines_temporary_folder_do_not_break_the_jail(monkeyp
         program = "import inmytmp\nprint(inmytmp.x)"
         assert verdict(judge, program, types.Tests("stdin", ("",), ("7",))) == "pass"
     shutil.rmtree(folder)
+
+
+HEADERS = {  # of the kernel, as Debian's linux-libc-dev lays them down
+    0: pathlib.Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+    1: pathlib.Path("/usr/include/asm-generic/unistd.h"),  # aarch64 takes the generic numbers
+}
+
+
+@pytest.mark.parametrize("column", HEADERS)
+def test_system_calls_have_the_numbers_of_the_kernels_headers(column):
+    if not HEADERS[column].is_file():
+        pytest.skip("the kernel's headers are not installed")
+    text = HEADERS[column].read_text()
+    defined = re.findall(r"^#define __NR(?:3264)?_(\w+)\s+(\d+)$", text, re.MULTILINE)
+    there = {"newfstatat" if n == "fstatat" else n: int(number) for n, number in defined}
+    tables = (jail._CALLS, jail._IGNORED, jail._UNSUPPORTED, jail._REFUSED)
+    ours = {name: numbers[column] for table in tables for name, numbers in table.items()}
+    newer = {"fchmodat2"}  # than the oldest headers in use
+    wrong = {n: x for n, x in ours.items() if there.get(n) != x and n not in newer - set(there)}
+    assert not wrong
+    assert len(ours) > 200
+    assert jail._PIVOT[("x86_64", "aarch64")[column]] == there["pivot_root"]
 
 
 def test_below_both_tiers_nothing_is_judged_unless_the_user_insists(monkeypatch):

@@ -6,6 +6,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import chat_tokenizer
 import numpy as np
@@ -103,6 +105,7 @@ def test_every_completion_is_kept_with_its_rewards(finished):
     for row in kept:
         assert row["rewards"]["outcome"] == (row["verdict"] == "pass")
         assert row["prompt"] and row["length"] >= 1
+        assert not row["verdicts"] or row["tier"] in ("namespaces", "landlock")
 
 
 def test_the_policy_that_is_left_is_not_the_one_that_was_warmed_up(finished):
@@ -123,6 +126,17 @@ def test_a_finished_run_does_nothing_twice(finished):
 def test_a_folder_of_other_settings_is_refused_before_anything_is_done(finished):
     with pytest.raises(ValueError, match="update.std_floor: 0.2 there, 0.5 here"):
         train.run(replace(finished, update={"std_floor": 0.5}))
+
+
+def test_a_folder_in_which_another_command_is_at_work_is_refused_with_a_sentence(tmp_path):
+    command = [sys.executable, "-m", "pgrpo_jax.make_pairs", "--workdir", str(tmp_path)]
+    with start.held(tmp_path), start.held(tmp_path):  # a stage within a stage
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"another command is at work in {tmp_path}; wait" in refused.stderr
+    assert "Traceback" not in refused.stderr and not list(tmp_path.iterdir())
+    with start.held(tmp_path):
+        pass  # it was given back
 
 
 def test_ctrl_c_saves_and_the_same_command_ends_where_a_straight_run_ends(finished, tmp_path):
