@@ -51,13 +51,14 @@ def jobs() -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def operations(name: str) -> float:
-    """Floating-point operations a token takes in products with weights."""
+def operations(name: str, *, vocabulary: bool = True) -> float:
+    """Floating-point operations a token takes in products with weights; without `vocabulary` those
+    of the layers alone."""
     size = checkpoints.SIZES[name]
     D, F = size["hidden_size"], size["intermediate_size"]
     KH = D // size["num_attention_heads"] * size["num_key_value_heads"]
     layer = 2 * D * D + 2 * D * KH + 3 * D * F
-    return 2.0 * (size["num_hidden_layers"] * layer + D * checkpoints.VOCABULARY)
+    return 2.0 * (size["num_hidden_layers"] * layer + vocabulary * D * checkpoints.VOCABULARY)
 
 
 def commands(arguments: argparse.Namespace, checkpoint: str) -> dict[str, list[str]]:
@@ -107,6 +108,8 @@ def main() -> None:
         wanted = {
             n: job for n, (c, job) in jobs().items() if c == checkpoint and n in arguments.only
         }
+        if not wanted:
+            continue
         for job_name, by_engine in measure(arguments, checkpoint, wanted).items():
             add_rows(table, job_name, by_engine, gemm / operations(checkpoint))
     rich.console.Console(width=120).print(table)

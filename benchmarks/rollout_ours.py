@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, workers
-from pgrpo_jax import sharding, types
+from pgrpo_jax import allocator, sharding, types
 from pgrpo_jax.config import Compute, MeshConfig, RolloutConfig
 from pgrpo_jax.data import Prompt
 from pgrpo_jax.models import load
@@ -58,4 +58,5 @@ class Answers:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()  # as every command of ours does
     workers.serve(Answers(sys.argv[1]), sys.stdin, sys.stdout)

@@ -56,10 +56,6 @@ def load(folder):
         return params.create_model_from_safe_tensors(str(folder), settings, mesh), settings, mesh
 
 
-transformer, settings, mesh = load(sys.argv[1])
-samplers: dict[int, sampler.Sampler] = {}
-
-
 def answer(job):
     """Static batches of `slots` completions; each is written until its longest has ended."""
     length = len(job["prompts"][0])
@@ -89,4 +85,7 @@ def answer(job):
     return {"seconds": time.perf_counter() - begin, "tokens": tokens, "peak_mb": peak_mb}
 
 
-workers.serve(answer, sys.stdin, sys.stdout)
+if __name__ == "__main__":
+    transformer, settings, mesh = load(sys.argv[1])
+    samplers: dict[int, sampler.Sampler] = {}
+    workers.serve(answer, sys.stdin, sys.stdout)

@@ -7,12 +7,11 @@ import tempfile
 import time
 
 import datasets
-import tokenizers
 import torch
 import transformers
 import trl
 
-from benchmarks import checkpoints, workers
+from benchmarks import trl_words, workers
 
 
 class OneBatch(trl.GRPOTrainer):
@@ -20,15 +19,6 @@ class OneBatch(trl.GRPOTrainer):
 
     def _prepare_inputs(self, inputs):
         return inputs
-
-
-def tokenizer():
-    """Of words that are numbers; the trainer asks for one and reads nothing with it."""
-    words = {str(i): i for i in range(checkpoints.VOCABULARY)}
-    model = tokenizers.models.WordLevel(words, unk_token="0")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(model), pad_token="0", eos_token="0"
-    )
 
 
 def trainer(checkpoint, rows):
@@ -41,6 +31,8 @@ def trainer(checkpoint, rows):
         use_bias_correction_kl=False,
         loss_type="grpo",
         beta=0.0,
+        epsilon=0.2,
+        epsilon_high=0.28,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
         per_device_train_batch_size=rows,
@@ -54,7 +46,7 @@ def trainer(checkpoint, rows):
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments,
         train_dataset=prompts,
-        processing_class=tokenizer(),
+        processing_class=trl_words.tokenizer(),
     )
     made.create_optimizer_and_scheduler(1000)
     made.current_gradient_accumulation_steps = 1
@@ -70,6 +62,11 @@ def padded(rows, left):
         place = slice(length - len(row), None) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
     return ids, mask.long()
+
+
+def padded_numbers(rows):
+    """Rows of numbers, zeros behind them."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 trainers: dict[int, OneBatch] = {}
@@ -89,17 +86,19 @@ def answer(job):
         "completion_ids": completion_ids,
         "completion_mask": completion_mask,
         "advantages": torch.tensor(job["advantages"]),
+        "old_per_token_logps": padded_numbers(job["old_logps"]),
         "num_items_in_batch": completion_mask.sum(),
     }
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     loss = made.training_step(made.model, inputs, None)
     norm = torch.nn.utils.clip_grad_norm_(made.model.parameters(), 1.0)
     made.optimizer.step()
     made.optimizer.zero_grad()
-    seconds = time.perf_counter() - begin
+    seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "seconds": seconds,
+        "cpu_s": cpu_s,
         "loss": float(loss),
         "grad_norm": float(norm),
         "peak_mb": peak_mb,

@@ -15,7 +15,8 @@ FLOORS = {
     6: "start fit update supervised report summary sandbox sandbox_server rollout",
     5: "models.reward checkpoint sandbox_pool reshard decoding",
     4: "models.decoder models.load data sandbox_work sandbox_zygote models.decode",
-    3: "models.attention models.cache models.logprobs problems sampling sandbox_tests sandbox_check",
+    3: "models.attention models.cache models.logprobs problems sampling sandbox_tests "
+    "sandbox_check",
     2: "sandbox_slot models.layers tokenizer optimizer configs sandbox_run "
     "kernels.flash_attention kernels.blocked_attention roofline kernels.paged_attention cli",
     1: "kernels.attention sharding algo world figures sandbox_proxy topology memory compilation",

@@ -1,0 +1,69 @@
+"""TRL's Bradley-Terry step as a worker of `benchmarks.update`; runs where trl and torch are. Usage:
+python -m benchmarks.reward_trl CHECKPOINT"""
+
+import resource
+import sys
+import tempfile
+import time
+
+import datasets
+import torch
+import transformers
+import trl
+
+from benchmarks import trl_words, workers
+
+
+def trainer(job):
+    """As `benchmarks.reward_ours`: float32, AdamW at 1e-6, clipping at 1, the same first head."""
+    arguments = trl.RewardConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        center_rewards_coefficient=0.01,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=len(job["chosen"]),
+        report_to=[],
+    )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        sys.argv[1], num_labels=1, dtype=torch.float32
+    )
+    with torch.no_grad():
+        model.score.weight[0] = torch.tensor(job["head"])
+    pairs = datasets.Dataset.from_dict({"chosen": ["1"] * 2, "rejected": ["2"] * 2})
+    made = trl.RewardTrainer(
+        model=model, args=arguments, train_dataset=pairs, processing_class=trl_words.tokenizer()
+    )
+    made.create_optimizer_and_scheduler(1000)
+    made.current_gradient_accumulation_steps = 1
+    made.model.train()
+    return made
+
+
+made = None
+
+
+def answer(job):
+    """One step: loss, gradient, clipping, AdamW."""
+    global made
+    made = made or trainer(job)
+    ids = torch.tensor(job["chosen"] + job["rejected"])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    loss = made.training_step(made.model, inputs, None)
+    norm = torch.nn.utils.clip_grad_norm_(made.model.parameters(), 1.0)
+    made.optimizer.step()
+    made.optimizer.zero_grad()
+    seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
+    return {
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "loss": float(loss),
+        "grad_norm": float(norm),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+workers.serve(answer, sys.stdin, sys.stdout)
