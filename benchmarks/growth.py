@@ -1,10 +1,10 @@
 """How our rollout and our step grow: with slots, with length, and with the model's size.
 
-    python -m benchmarks.growth /tmp/checkpoints --out growth.png
+    python -m benchmarks.growth /tmp/checkpoints --out benchmarks/growth.svg
 
 Prints a table and draws it. The rollout's tokens a second should rise with the slots until products
 take all the time; its seconds should rise with the tokens drawn, and a little more, for attention;
-the step's with the operations of the model.
+the step's with the operations of the model, and a little less: wider products are nearer the peak.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import matplotlib.figure
 import numpy as np
 
 from benchmarks import checkpoints, rollout, rollout_ours, update, update_ours
+from pgrpo_jax import allocator
 
 PROMPT = 64  # tokens
 
@@ -36,11 +37,12 @@ def seconds(answer: Any, job: dict[str, Any], times: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("growth.png"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/growth.svg"))
     parser.add_argument("--slots", type=int, nargs="*", default=[1, 4, 16, 64, 256])
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 1024, 2048, 4096])
     parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
+    allocator.keep_freed_memory()
     checkpoints.make(arguments.folder)
     nano = rollout_ours.Answers(str(arguments.folder / "nano"))
     times = arguments.times

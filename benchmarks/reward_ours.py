@@ -16,6 +16,8 @@ from pgrpo_jax import allocator, data, optimizer, sharding, supervised
 from pgrpo_jax import config as c
 from pgrpo_jax.models import load
 
+MICRO_BATCHES = 4
+
 
 class Answers:
     """One training state, begun with a checkpoint's trunk and the first job's head."""
@@ -27,7 +29,7 @@ class Answers:
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._state is None:
-            self._begin(job)
+            self._state = self._begin(job)
         batch = sharding.put_rows(self._mesh, _batch(job))
         begin, cpu_begin = time.perf_counter(), time.process_time()
         self._state, values = self._step(self._state, batch)
@@ -39,19 +41,20 @@ class Answers:
             **{n: float(values[n]) for n in ("loss", "grad_norm")},
         }
 
-    def _begin(self, job: dict[str, Any]) -> None:
+    def _begin(self, job: dict[str, Any]) -> optimizer.TrainState:
         model = c.ModelConfig(architecture=self._arch)
         settings = c.RewardTrainingConfig(
             steps=1000,
             batch_size=len(job["chosen"]),
+            micro_batches=MICRO_BATCHES,
             max_length=len(job["chosen"][0]),
             optimizer=c.Optimizer(),
         )
         cfg = c.Config(policy=model, reward_model=model, reward_training=settings)
         head = {"kernel": jnp.array(job["head"], jnp.float32)[:, None]}
         tx = optimizer.build(settings.optimizer, settings.steps)
-        self._state = optimizer.init_state({"trunk": self._trunk, "score": head}, tx, self._mesh)
         self._step = supervised.compile_reward_update(cfg, self._arch, self._mesh)
+        return optimizer.init_state({"trunk": self._trunk, "score": head}, tx, self._mesh)
 
 
 def _batch(job: dict[str, Any]) -> data.PairBatch:

@@ -207,12 +207,21 @@ class RewardTrainingConfig(Settings):
 
     steps: Count = 0
     batch_size: Positive = 64  # pairs
+    micro_batches: Positive = 1  # parts of a batch, whose gradients are taken one by one
     max_length: Positive = 1024  # tokens a side; longer rows are dropped and counted
     data: str = ""  # "" reads the pairs of this run; else a file of prompt, chosen, rejected
     trunk: Literal["own", "policy"] = "own"  # "policy": begin with the policy after its warm-up
     center_coefficient: NotNegative = 0.01
     evaluation_fraction: Fraction = 0.05
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, schedule="cosine")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.batch_size % self.micro_batches == 0,
+            f"reward_training.micro_batches={self.micro_batches} must divide "
+            f"reward_training.batch_size={self.batch_size}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

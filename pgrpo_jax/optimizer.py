@@ -1,11 +1,14 @@
-"""AdamW with clipping and a schedule, and the training state that every stage steps."""
+"""AdamW with clipping and a schedule, the training state that every stage steps, and gradients that
+are summed over micro-batches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import lax
 
 from pgrpo_jax import config, sharding
 
@@ -90,3 +93,33 @@ def apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation
     """The state after one step along `grads`."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+
+def accumulate(
+    loss: Callable[..., tuple[jax.Array, Any]],
+    params: Any,
+    rows: Any,
+    micro_batches: jax.Array | int,
+) -> tuple[jax.Array, Any, Any]:
+    """(value, aux, gradient) of `loss(params, *rows) -> (value, aux)`, summed over micro-batches.
+
+    `rows` hold arrays with micro-batches in front. Only the first `micro_batches` are computed, a
+    number that is data: the program is one for any number of rows. Of the rest `aux` says 0.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def micro_batch(i):
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
+
+    def step(i, carry):
+        total, aux = carry
+        (value, new), grads = gradient(params, *micro_batch(i))
+        aux = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), aux, new)
+        return jax.tree.map(jnp.add, total, (value, grads)), aux
+
+    shapes = jax.eval_shape(lambda: loss(params, *micro_batch(0))[1])
+    count = len(jax.tree.leaves(rows)[0])
+    aux = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    (value, grads), aux = lax.fori_loop(0, micro_batches, step, (zero, aux))
+    return value, aux, grads

@@ -69,7 +69,10 @@ def compile_reward_update(
     grad_norm, learning_rate.
     """
     settings, compute = cfg.reward_training, cfg.reward_model.compute
-    sharding.check_rows(mesh, **{"reward_training.batch_size": settings.batch_size})
+    A = settings.micro_batches
+    sharding.check_rows(
+        mesh, **{"reward_training.batch_size / micro_batches": settings.batch_size // A}
+    )
     tx = optimizer.build(settings.optimizer, settings.steps)
     learning_rate = optimizer.schedule(settings.optimizer, settings.steps)
 
@@ -90,9 +93,23 @@ def compile_reward_update(
         )
         return value, (chosen_C, rejected_C)
 
+    def share(params, batch: data.PairBatch, share_C: jax.Array):
+        value, scores = loss(params, batch)
+        return value * share_C.sum(), scores
+
+    def gradient(params, batch: data.PairBatch):
+        if A == 1:
+            return jax.value_and_grad(loss, has_aux=True)(params, batch)
+        share_C = batch.valid_C / masked.count(batch.valid_C)
+        # Every A-th pair: rows that devices hold side by side go to different micro-batches.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), (batch, share_C)
+        )
+        value, scores, grads = optimizer.accumulate(share, params, parts, A)
+        return (value, jax.tree.map(lambda x_AC: x_AC.swapaxes(0, 1).reshape(-1), scores)), grads
+
     def step(state: optimizer.TrainState, batch: data.PairBatch):
-        (value, scores), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
-        chosen_C, rejected_C = scores
+        (value, (chosen_C, rejected_C)), grads = gradient(state.params, batch)
         metrics = {
             "loss": value,
             "accuracy": masked.mean(chosen_C > rejected_C, batch.valid_C),

@@ -137,7 +137,7 @@ def compile_update(
         advantage_PG = advantages(cfg.update, groups)
         advantage_B = advantage_PG.reshape(-1)
         terms = loss_terms(cfg, batch, advantage_B)
-        value, (logp_ART, entropy_ART), grads = accumulate(
+        value, (logp_ART, entropy_ART), grads = optimizer.accumulate(
             lambda params, rows, terms: policy_loss(cfg, arch, params, rows, terms),
             state.params,
             (batch.rows, terms),
@@ -329,33 +329,6 @@ def _before_update(
             "UpdateBatch.old_logp_ART, got None; `compile_logprobs` makes it"
         )
     return terms.old_logp
-
-
-def accumulate(
-    loss: Callable[..., tuple[jax.Array, Any]], params: Any, rows: Any, micro_batches: jax.Array
-) -> tuple[jax.Array, Any, Any]:
-    """(value, aux, gradient) of `loss(params, *rows) -> (value, aux)`, summed over micro-batches.
-
-    `rows` hold arrays with micro-batches in front. Only the first `micro_batches` are computed, a
-    number that is data: the program is one for any number of rows. Of the rest `aux` says 0.
-    """
-    gradient = jax.value_and_grad(loss, has_aux=True)
-
-    def micro_batch(i):
-        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
-
-    def step(i, carry):
-        total, aux = carry
-        (value, new), grads = gradient(params, *micro_batch(i))
-        aux = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), aux, new)
-        return jax.tree.map(jnp.add, total, (value, grads)), aux
-
-    shapes = jax.eval_shape(lambda: loss(params, *micro_batch(0))[1])
-    count = len(jax.tree.leaves(rows)[0])
-    aux = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (value, grads), aux = lax.fori_loop(0, micro_batches, step, (zero, aux))
-    return value, aux, grads
 
 
 def padding(batch: UpdateBatch) -> jax.Array:
