@@ -41,7 +41,7 @@ def pack(
 
     Rows hold `longest` tokens or half as much again, whichever computes fewer tokens. Rows are
     dealt out by their fill, fullest first, so that those of one micro-batch are equally full: they
-    lie on different devices, which wait for each other.
+    lie on different devices, which wait for each other. Of the last, some may be empty.
     """
 
     def computed(capacity: int, rows: Sequence[Sequence[int]]) -> int:
@@ -51,4 +51,15 @@ def pack(
     capacity, rows = min(plans, key=lambda plan: computed(*plan))
     rows = sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
     batches = [rows[i : i + rows_at_once] for i in range(0, len(rows), rows_at_once)]
-    return batches, capacity
+    return [_spread(batch, rows_at_once) for batch in batches], capacity
+
+
+def _spread(rows: list[list[int]], count: int) -> list[list[int]]:
+    """The rows, with empty ones up to `count`, in an order of which devices get equal parts.
+
+    Devices take neighbouring rows, a power of two of them as a rule. In the order of their numbers'
+    reversed bits, each of such parts has rows of every fill.
+    """
+    rows = rows + [[] for _ in range(count - len(rows))]
+    bits = (count - 1).bit_length()
+    return [rows[i] for i in sorted(range(count), key=lambda i: f"{i:0{bits}b}"[::-1])]

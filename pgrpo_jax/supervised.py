@@ -100,7 +100,7 @@ def compile_reward_update(
     def gradient(params, batch: data.PairBatch):
         if A == 1:
             return jax.value_and_grad(loss, has_aux=True)(params, batch)
-        share_C = batch.valid_C / masked.count(batch.valid_C)
+        share_C = jnp.asarray(batch.valid_C) / masked.count(jnp.asarray(batch.valid_C))
         # Every A-th pair: rows that devices hold side by side go to different micro-batches.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, A, *x.shape[1:]).swapaxes(0, 1), (batch, share_C)

@@ -36,7 +36,7 @@ def test_padding_is_under_a_tenth_at_mixed_lengths(count, rows):
 
 
 def test_sequences_of_one_length_are_not_padded():
-    assert packing.pack([192] * 8, 192, 4) == ([[[0], [1], [2], [3]], [[4], [5], [6], [7]]], 192)
+    assert packing.pack([192] * 8, 192, 4) == ([[[0], [2], [1], [3]], [[4], [6], [5], [7]]], 192)
 
 
 def test_rows_that_are_computed_together_are_equally_full():
@@ -44,3 +44,8 @@ def test_rows_that_are_computed_together_are_equally_full():
     batches, capacity = packing.pack(lengths.tolist(), 192, 8)
     fills = [[sum(lengths[i] for i in row) for row in batch] for batch in batches]
     assert max(max(fill) - min(fill) for fill in fills[:-1]) < 0.05 * capacity
+
+
+def test_half_of_the_devices_do_not_stand_idle_in_the_last_micro_batch():
+    # Three rows of four, and room for one of two on each of two devices.
+    assert packing.pack([9, 8, 7], 9, 4)[0] == [[[0], [2], [1], []]]

@@ -77,7 +77,9 @@ def lengths() -> list[int]:
 
 def packed(R: int) -> update.UpdateBatch:
     batches, T = packing.pack(lengths(), LONGEST, R)
-    assert sum(map(len, batches)) < P * G  # there is something to pack
+    assert (
+        sum(bool(row) for batch in batches for row in batch) < P * G
+    )  # there is something to pack
     return batch(*update.packed(completions(), batches, R, T))
 
 
@@ -126,6 +128,34 @@ def test_how_many_rows_are_computed_at_once_changes_nothing():
 def test_eight_devices_learn_what_one_learns():
     many = mesh(8, data=2, fsdp=2, tensor=2)
     same(step(config(), packed(4), many), step(config(), packed(4), mesh()))
+
+
+def test_devices_get_equal_numbers_of_tokens():
+    random = np.random.default_rng(0)
+    counts = (64 + random.integers(8, 129, 1024)).tolist()
+    batches, T = packing.pack(counts, 192, 32)
+    many = [
+        types.Completion(
+            problem=completions()[0].problem,
+            prompt_ids=np.zeros(64, np.int32),
+            ids=np.zeros(count - 64, np.int32),
+            logps=np.zeros(count - 64, np.float32),
+            truncated=False,
+            group=0,
+            sample=0,
+        )
+        for count in counts
+    ]
+    rows, micro_batches = update.packed(many, batches, 32, T)
+    on = mesh(8, data=2, fsdp=4)
+    segments_ART = sharding.put(rows.segments, update.batch_sharding(on).rows)
+    tokens = [int((part.data > 0).sum()) for part in segments_ART.addressable_shards]
+    assert len(tokens) == 8 and sum(tokens) == sum(counts)
+    assert max(tokens) < 1.03 * min(tokens)
+    # In each full micro-batch, too: devices wait for each other after each.
+    for a in range(micro_batches - 1):
+        each = [int((part.data[a] > 0).sum()) for part in segments_ART.addressable_shards]
+        assert max(each) < 1.03 * min(each)
 
 
 def test_what_padding_holds_reaches_nothing():
