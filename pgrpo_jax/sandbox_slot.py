@@ -44,7 +44,7 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-FIRST_LOOK_S, LOOK_S = 0.05, 0.025
+FIRST_LOOK_S, LOOK_S, LEAVE_S = 0.05, 0.025, 0.02
 LONGEST_TURN_S = 3600.0
 START_S, KILL_S = 60.0, 10.0  # a slot that takes longer is broken
 PIPE_READ = 1 << 16
@@ -118,6 +118,7 @@ class Run:
         self.channel: Channel | None = None  # on which it tells the end of its parts
         self.companion: Run | None = None  # the other process of a pair
         self.denied: set[str] = set()  # names of system calls that were refused
+        self._leaving = False
         self._denials = 0
         self._listener = -1
         self._pipes: dict[int, bytearray] = {}
@@ -181,6 +182,8 @@ class Run:
         if self.stopped or not self.pid:
             self.slot.broken = True  # did not start, or did not die when it was killed
             return
+        if self._leaving:
+            return self.stop("over")
         left = min(self.limits.cpu_s - self.part_s(), self.limits.whole_s - self.cpu_s)
         wall = now - self.part_started
         if left <= 0:
@@ -201,6 +204,11 @@ class Run:
         if self.slot.scratch_is_full(self.limits.scratch_mb):
             return self.stop("output")
         self.look_at = now + max(0.002, min(LOOK_S, left / CORES))
+
+    def leave(self) -> None:
+        """It has said all that was asked of it and should end by itself, at once."""
+        self._leaving = True
+        self.look_at = time.monotonic() + LEAVE_S
 
     def stop(self, why: str) -> None:
         if self.status is None and not self.stopped:

@@ -219,7 +219,8 @@ def _call_all(
     file = sandbox_slot.sealed_file(body)
     try:
         run = slot.start(sandbox_wire.CALLS, file, tally.limits(len(calls)), more=(channel.given,))
-        run.channel, granted = channel, 0
+        run.channel, granted = channel, 1
+        channel.go_on()  # so that it need not wait between the load and its first call
         for number, want in enumerate((None, *wanted)):  # the first message is of the load
             while not channel.messages and not channel.ended:
                 yield
@@ -235,10 +236,13 @@ def _call_all(
                 break
             run.begin_part()
             ahead = AHEAD if part_s < SHORT * run.limits.cpu_s else 1
-            if granted <= number + ahead // 2:
+            if granted <= number + ahead // 2 and granted < len(calls):
                 channel.go_on(number + ahead - granted)
                 granted = number + ahead
-        run.stop("over")
+        if len(tally.verdicts) == tally.total:
+            run.leave()
+        else:
+            run.stop("over")
         while not run.over:
             yield
     finally:
