@@ -6,6 +6,7 @@ there is to do, and what the totals stand for: nothing is skipped but what causa
 """
 
 import dataclasses
+import importlib
 import math
 from typing import Any, Literal, Protocol
 
@@ -16,7 +17,6 @@ from pgrpo_jax.kernels import flash_attention
 from pgrpo_jax.kernels.flash_attention import BlockSizes
 
 Direction = Literal["forward", "backward"]
-DEFAULTS = {"forward": flash_attention.FORWARD, "backward": flash_attention.BACKWARD}
 MATMULS = {"forward": 2, "backward": 5}  # [T, T] by H each
 CORE_MACS = 65_536  # multiply-adds a cycle of one TensorCore of v4, v5e and v5p
 
@@ -43,18 +43,57 @@ class Shape:
         return 3 * queries + 4 * keys + 2 * statistics  # q, dout, dq; k, v, dk, dv
 
 
-def build(*, direction: Direction = "forward", **options: int):
-    """(function, abstract arguments) of our kernel; options are those of Shape and BlockSizes."""
-    shape, sizes = _split(direction, options)
-    q, k, segments = _arguments(shape)
+def own_sizes(chip: str) -> dict[Direction, BlockSizes]:
+    """What the kernel takes on a chip unless it is told."""
+    if chip == "v4":
+        return {"forward": flash_attention.FORWARD_V4, "backward": flash_attention.BACKWARD_V4}
+    return {"forward": flash_attention.FORWARD, "backward": flash_attention.BACKWARD}
+
+
+def build(*, direction: Direction, **sizes: int):
+    """(function, abstract arguments) of our kernel with block sizes, those of BlockSizes."""
+    q, k, segments = _arguments(Shape())
 
     def forward(q, k, v, segments):
-        chosen: dict[str, Any] = {direction: sizes}
+        chosen: dict[str, Any] = {direction: BlockSizes(**sizes)}
         return flash_attention.flash_attention(q, k, v, segments, **chosen)
 
     def backward(q, k, v, segments):
         return jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)[1](q)
 
+    return {"forward": forward, "backward": backward}[direction], [q, k, k, segments]
+
+
+def build_tokamax(*, direction: Direction, block: int, part: int):
+    """tokamax' splash attention: blocks of `block` queries and keys, `part` keys at a time."""
+    base = "tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_"
+    splash, masks = importlib.import_module(base + "kernel"), importlib.import_module(base + "mask")
+    shape = Shape()
+    config = splash.SplashConfig(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=part,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=part,
+    )
+    kernel = splash.make_splash_mha_single_device(
+        masks.CausalMask((shape.T, shape.T)), config=config
+    )
+
+    def forward(q, k, v, segments):
+        def row(q, k, v, ids):
+            return kernel(q, k, v, splash.SegmentIds(ids, ids))
+
+        return jax.vmap(row)(q, k, v, segments)
+
+    def backward(q, k, v, segments):
+        return jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)[1](q)
+
+    q, k, segments = _arguments(shape)
+    q, k = (
+        jax.ShapeDtypeStruct((x.shape[0], x.shape[2], x.shape[1], shape.H), x.dtype) for x in (q, k)
+    )
     return {"forward": forward, "backward": backward}[direction], [q, k, k, segments]
 
 
@@ -70,13 +109,13 @@ class Node(Protocol):
     def own(self) -> list[int]: ...
 
 
-def cycles(steps: Node, direction: Direction, cores: int, **options: int) -> float:
+def cycles(steps: Node, direction: Direction, cores: int, sizes: BlockSizes) -> float:
     """Static cycles of one core for a whole call of our kernel; `steps` is its loop over the grid.
 
     The kernels' regions stand in the order of the code: what only the first block does, the passes,
     the triangle, and what only the last block or a block of padding does.
     """
-    shape, sizes = _split(direction, options)
+    shape = Shape()
     sizes = sizes.fitted(shape.T)
     blocks = math.ceil(shape.T / sizes.queries)
     spans = math.ceil(blocks * sizes.queries / sizes.span)
@@ -99,13 +138,6 @@ def cycles(steps: Node, direction: Direction, cores: int, **options: int) -> flo
 
 def _all(node: Node) -> int:
     return len(node.own()) + sum(map(_all, node.children))
-
-
-def _split(direction: Direction, options: dict[str, int]) -> tuple[Shape, BlockSizes]:
-    names = {field.name for field in dataclasses.fields(Shape)}
-    shape = Shape(**{name: n for name, n in options.items() if name in names})
-    sizes = {name: n for name, n in options.items() if name not in names}
-    return shape, dataclasses.replace(DEFAULTS[direction], **sizes)
 
 
 def _arguments(shape: Shape) -> list[jax.ShapeDtypeStruct]:

@@ -1,6 +1,6 @@
 """The kernels beside the best public ones, by the TPU compiler's schedule: no TPU is needed.
 
-    python -m benchmarks.kernels [--chips v5p v4 v5e]
+    python -m benchmarks.kernels [--chips v5p v4 v5e] [--only forward backward decode]
 
 Needs the `tpu` extra, and tokamax for its rows. Cycles are a static LOWER BOUND: the schedule of
 one TensorCore, without waits for copies and without the limit of HBM, whose bytes stand beside it.
@@ -9,46 +9,42 @@ the bytes of the cache at the chip's bandwidth.
 """
 
 import argparse
+import dataclasses
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from benchmarks import kernel_cases_flash as flash
 from benchmarks import kernel_cases_paged as paged
 from benchmarks import tpu_static
 from benchmarks.tpu_static import Case, Chip, Compiled, Kernel
 from pgrpo_jax.kernels import paged_attention
 
-FLASH = "benchmarks.kernel_cases_flash"
 PUBLIC_PART = {"forward": 256, "backward": 512}  # tokamax' best columns of a pass
 PUBLIC_BLOCK = 1024
 PAGE_SIZES = (128, 16)
 
 
-def attention_cases(chip: Chip) -> Iterator[Case]:
-    flash = importlib.import_module(FLASH)
+def attention_cases(chip: Chip, direction: flash.Direction) -> Iterator[Case]:
+    part = PUBLIC_PART[direction]
+    public = {"block": PUBLIC_BLOCK, "part": part}
+    sizes = flash.own_sizes(chip.name)[direction]
+    own = functools.partial(_own_cycles, sizes=sizes)
+    kinds: list[tuple[str, str, dict[str, int], Callable]] = [
+        ("ours", "build", dataclasses.asdict(sizes), own),
+        (f"tokamax splash {PUBLIC_BLOCK}/{part}", "build_tokamax", public, _splash_cycles),
+    ]
     shape = flash.Shape()
-    for direction in ("forward", "backward"):
-
-        def case(name: str, build: str, options: dict, cycles: Callable, direction=direction):
-            return Case(
-                table=direction,
-                name=name,
-                build=f"{FLASH}:{build}",
-                options={"direction": direction} | options,
-                cycles=functools.partial(cycles, flash, direction=direction, cores=chip.cores),
-                floor_cycles=shape.floor_cycles(direction, chip.cores),
-                hbm_bytes=shape.hbm_bytes(direction),
-            )
-
-        yield case("ours", "build", {}, _own_cycles)
-        part = PUBLIC_PART[direction]
-        name, options = (
-            f"tokamax splash {PUBLIC_BLOCK}/{part}",
-            {"block": PUBLIC_BLOCK, "part": part},
+    for name, build, options, cycles in kinds:
+        yield Case(
+            table=direction,
+            name=name,
+            build=f"benchmarks.kernel_cases_flash:{build}",
+            options={"direction": direction} | options,
+            cycles=functools.partial(cycles, direction=direction, cores=chip.cores),
+            floor_cycles=shape.floor_cycles(direction, chip.cores),
+            hbm_bytes=shape.hbm_bytes(direction),
         )
-        yield case(name, "build_tokamax", options, _splash_cycles)
 
 
 def _attention_kernel(kernels: list[Kernel]) -> Kernel:
@@ -56,11 +52,13 @@ def _attention_kernel(kernels: list[Kernel]) -> Kernel:
     return max(kernels, key=lambda k: k.matrix_cycles(range(len(k.bundles))))
 
 
-def _own_cycles(flash: Any, kernels: list[Kernel], direction: str, cores: int) -> float:
-    return flash.cycles(_attention_kernel(kernels).main_loop(), direction, cores)
+def _own_cycles(
+    kernels: list[Kernel], direction: flash.Direction, cores: int, sizes: flash.BlockSizes
+) -> float:
+    return flash.cycles(_attention_kernel(kernels).main_loop(), direction, cores, sizes)
 
 
-def _splash_cycles(flash: Any, kernels: list[Kernel], direction: str, cores: int) -> float:
+def _splash_cycles(kernels: list[Kernel], direction: flash.Direction, cores: int) -> float:
     """A splash kernel visits the causal blocks of each head one by one; the others are no steps."""
     kernel, shape = _attention_kernel(kernels), flash.Shape()
     steps = kernel.main_loop()
@@ -117,14 +115,21 @@ def row(chip: Chip, case: Case, compiled: Compiled) -> str:
     )
 
 
+TABLES: dict[str, Callable[[Chip], Iterator[Case]]] = {
+    "forward": functools.partial(attention_cases, direction="forward"),
+    "backward": functools.partial(attention_cases, direction="backward"),
+    "decode": decode_cases,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", nargs="+", choices=tpu_static.CHIPS, default=[*tpu_static.CHIPS])
-    for name in parser.parse_args().chips:
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=[*TABLES])
+    arguments = parser.parse_args()
+    for name in arguments.chips:
         chip = tpu_static.CHIPS[name]
-        cases = [*decode_cases(chip)]
-        if importlib.util.find_spec(FLASH):
-            cases = [*attention_cases(chip), *cases]
+        cases = [case for table in arguments.only for case in TABLES[table](chip)]
         print(f"\n{name}: {chip.cores} cores, {chip.clock_hz / 1e9:g} GHz\n\n{HEAD}", flush=True)
         for case, compiled in zip(cases, tpu_static.compile_cases(chip, cases), strict=True):
             print(row(chip, case, compiled), flush=True)

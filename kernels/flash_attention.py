@@ -74,7 +74,9 @@ class BlockSizes:
 
 FORWARD = BlockSizes()
 BACKWARD = BlockSizes()
-BACKWARD_V4 = BlockSizes(span=2048, queries=512, keys=512)  # a v4 has 16 MiB of VMEM, a v5p 64
+# A v4 has 16 MiB of VMEM, where a v5p has 64, and is the better for wider pieces and finer steps.
+FORWARD_V4 = BlockSizes(part=1024, tile=128)
+BACKWARD_V4 = BlockSizes(span=2048, part=256, tile=128)
 
 
 def reference(
@@ -517,15 +519,15 @@ def flash_attention(
     segments_BT: jax.Array,
     *,
     soft_cap: float | None = None,
-    forward: BlockSizes = FORWARD,
+    forward: BlockSizes | None = None,
     backward: BlockSizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v -> out_BTNH, of q's dtype.
 
-    `soft_cap` turns the logits into cap * tanh(logits / cap) before the mask. The block sizes of
-    the backward pass are, unless given, BACKWARD, or BACKWARD_V4 for that chip. `interpret` runs
-    the kernels on any platform, slowly.
+    `soft_cap` turns the logits into cap * tanh(logits / cap) before the mask. The block sizes
+    are, unless given, FORWARD and BACKWARD, or those for a v4. `interpret` runs the kernels on any
+    platform, slowly.
 
     Raises:
       ValueError: shapes or dtypes that the kernels cannot do.
@@ -533,6 +535,7 @@ def flash_attention(
     _check(q_BTNH, k_BTKH, v_BTKH, segments_BT, soft_cap)
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     is_float32, is_v4 = q_BTNH.dtype == jnp.float32, _is_v4()
+    forward = forward or (FORWARD_V4 if is_v4 else FORWARD)
     backward = backward or (BACKWARD_V4 if is_v4 else BACKWARD)
     static = _Static(
         forward=forward.fitted(T),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import kernel_cases_paged, tpu_static, xla_ops
+from benchmarks import kernel_cases_paged, kernels, tpu_static, xla_ops
 from benchmarks.tpu_static import Kernel, Node
 
 UNITS = {"MXU": 4, "VALU": 4, "VLOAD": 3, "VLOAD:FILL": 3}
@@ -96,6 +96,21 @@ def test_a_block_of_keys_pays_for_its_copies_and_its_products():
     always = 100 - 20 - 5 - 30
     assert kernel_cases_paged.block_cycles([kernel], pages=16) == always + 2 * 20
     assert kernel_cases_paged.block_cycles([kernel], pages=19) == always + 2 * 20 + 3 * 5
+
+
+def test_a_splash_call_visits_the_causal_blocks_and_begins_and_ends_a_row_of_them_once():
+    """A step of 180: 20 only begin a row and 10 only end it. Of two regions with matrix work, 40
+    with the mask and 30 without, a visit takes one, the longer: 80 + 40 a visit, 30 a row."""
+    masked, plain = Node("if", 50, 90), Node("if", 100, 130)
+    begin, end = Node("if", 20, 40), Node("if", 140, 150)
+    steps = Node("loop", 10, 190, children=[begin, masked, plain, end])
+    usage = [
+        dict.fromkeys(UNITS, 0) | {"MXU": 4 * (60 <= i < 80 or 110 <= i < 120)} for i in range(200)
+    ]
+    root = Node("root", 0, 200, children=[steps])
+    kernel = Kernel("k", bundles(200), UNITS, usage, 0, root)
+    # 2 rows x 28 heads over 2 cores; 4096 / 1024 = 4 rows of blocks, 1 + 2 + 3 + 4 of them causal.
+    assert kernels._splash_cycles([kernel], "forward", cores=2) == 28 * (10 * 120 + 4 * 30)
 
 
 def test_the_least_bytes_are_each_array_once():
