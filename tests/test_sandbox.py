@@ -139,7 +139,6 @@ def test_a_closed_judge_answers_infra():
 TRAINER = """
 import sys
 from pgrpo_jax import config, sandbox, types
-from pgrpo_jax import sandbox_jail as jail
 judge = sandbox.Judge(config.JudgeConfig(workers=2, tier=sys.argv[1]))
 judge.submit("while True: pass", types.Tests("stdin", ("",), ("",)))
 judge.submit("print()", types.Tests("stdin", ("",), ("",))).result()
