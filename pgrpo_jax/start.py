@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ SFT, REWARD_MODEL, PAIRS, POLICY = "sft", "reward_model", "pairs.jsonl", "policy
 
 Params = Any
 
+_log = logging.getLogger(__name__)
 _held: set[pathlib.Path] = set()  # the folders that are this process's own
 
 
@@ -46,7 +48,7 @@ def stage(run: Callable[[Config], None]) -> Callable[[Config], None]:
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
     """The folder belongs to this process alone in the block, which may stand in another of its
-    kind. Where a file system has no locks, nothing is held."""
+    kind. Where a file system has no locks, nothing is held, and the log says so."""
     folder = folder.resolve()
     if folder in _held or jax.process_index() != 0:
         yield
@@ -61,8 +63,8 @@ def held(folder: pathlib.Path) -> Iterator[None]:
             f"another command is at work in {folder}; wait until it ends, or name another folder "
             "with --workdir"
         ) from None
-    except OSError:
-        pass
+    except OSError as error:
+        _log.warning("%s cannot be locked (%s): start no second command in it", folder, error)
     _held.add(folder)
     try:
         yield

@@ -1,6 +1,7 @@
 """The whole job, from the settings to the report, with every real part."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -137,6 +138,15 @@ def test_a_folder_in_which_another_command_is_at_work_is_refused_with_a_sentence
     assert "Traceback" not in refused.stderr and not list(tmp_path.iterdir())
     with start.held(tmp_path):
         pass  # it was given back
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with start.held(tmp_path):
+        assert "cannot be locked (no locks available): start no second command" in caplog.text
 
 
 def test_ctrl_c_saves_and_the_same_command_ends_where_a_straight_run_ends(finished, tmp_path):
