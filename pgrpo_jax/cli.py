@@ -83,11 +83,10 @@ def run_line(
 def is_refusal(error: Exception) -> bool:
     """Whether this package raised the error, in a statement of its own: its words are for the user.
     What a library raised, or an expression of ours, is a bug's and keeps its traceback."""
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    frame, number = list(traceback.walk_tb(error.__traceback__))[-1]
     package = str(frame.f_globals.get("__package__")).split(".")[0]
-    return package == __package__ and linecache.getline(
-        frame.f_code.co_filename, line
-    ).lstrip().startswith("raise ")
+    line = linecache.getline(frame.f_code.co_filename, number)
+    return package == __package__ and line.lstrip().startswith("raise ")
 
 
 def parse(argv: Sequence[str], doc: str, program: str, kind: type[Line]) -> Line:

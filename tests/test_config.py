@@ -208,6 +208,22 @@ def test_a_mistake_ends_with_status_2_and_names_what_is_wrong(argv, sentence, ca
     assert sentence in " ".join((told.out + told.err).replace("│", "").split())
 
 
+def test_what_a_command_refuses_is_a_sentence_and_what_breaks_keeps_its_traceback(capsys):
+    def refuses(settings):
+        c.require(False, "this folder holds another run")
+
+    def breaks(settings):
+        json.loads("no JSON")  # a ValueError, raised by a library
+
+    nothing_kept = ("--compilation-cache", "")
+    with pytest.raises(SystemExit) as caught:
+        cli.run(refuses, "A command.", nothing_kept)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(": this folder holds another run\n")
+    with pytest.raises(json.JSONDecodeError):
+        cli.run(breaks, "A command.", nothing_kept)
+
+
 def test_dry_run_prints_what_would_run_and_runs_nothing(capsys, tmp_path):
     argv = ("--dry-run", "--update.gate", "additive", "--rewards.functions", "a:b", "c:d")
     cli.run(lambda settings: pytest.fail("must not run"), "A command.", argv)
