@@ -39,10 +39,3 @@ def bandwidth() -> float:
         return x
 
     return 2 * COPIED / fastest(run)
-
-
-def resident_mb() -> float:
-    """The most memory that this process has held, in MB."""
-    with open("/proc/self/status") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return int(lines["VmHWM"].split()[0]) / 1024

@@ -4,14 +4,13 @@ python -m benchmarks.reward_ours CHECKPOINT
 """
 
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine, workers
+from benchmarks import workers
 from pgrpo_jax import allocator, data, optimizer, sharding, supervised
 from pgrpo_jax import config as c
 from pgrpo_jax.models import load
@@ -28,18 +27,12 @@ class Answers:
         self._state: optimizer.TrainState | None = None
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
-        if self._state is None:
-            self._state = self._begin(job)
+        state = self._state or self._begin(job)
         batch = sharding.put_rows(self._mesh, _batch(job))
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        self._state, values = self._step(self._state, batch)
-        jax.block_until_ready(self._state.params)
-        return {
-            "seconds": time.perf_counter() - begin,
-            "cpu_s": time.process_time() - cpu_begin,
-            "peak_mb": machine.resident_mb(),
-            **{n: float(values[n]) for n in ("loss", "grad_norm")},
-        }
+        (self._state, values), figures = workers.timed(
+            lambda: jax.block_until_ready(self._step(state, batch))
+        )
+        return figures | {n: float(values[n]) for n in ("loss", "grad_norm")}
 
     def _begin(self, job: dict[str, Any]) -> optimizer.TrainState:
         model = c.ModelConfig(architecture=self._arch)

@@ -1,17 +1,15 @@
 """TRL's Bradley-Terry step as a worker of `benchmarks.update`; runs where trl and torch are. Usage:
 python -m benchmarks.reward_trl CHECKPOINT"""
 
-import resource
 import sys
 import tempfile
-import time
 
 import datasets
 import torch
 import transformers
 import trl
 
-from benchmarks import trl_words, workers
+from benchmarks import trl_shared, workers
 
 
 def trainer(job):
@@ -34,36 +32,21 @@ def trainer(job):
         model.score.weight[0] = torch.tensor(job["head"])
     pairs = datasets.Dataset.from_dict({"chosen": ["1"] * 2, "rejected": ["2"] * 2})
     made = trl.RewardTrainer(
-        model=model, args=arguments, train_dataset=pairs, processing_class=trl_words.tokenizer()
+        model=model, args=arguments, train_dataset=pairs, processing_class=trl_shared.tokenizer()
     )
-    made.create_optimizer_and_scheduler(1000)
-    made.current_gradient_accumulation_steps = 1
-    made.model.train()
-    return made
+    return trl_shared.ready(made)
 
 
 made = None
 
 
 def answer(job):
-    """One step: loss, gradient, clipping, AdamW."""
+    """One step on a job's batch."""
     global made
     made = made or trainer(job)
     ids = torch.tensor(job["chosen"] + job["rejected"])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    begin, cpu_begin = time.perf_counter(), time.process_time()
-    loss = made.training_step(made.model, inputs, None)
-    norm = torch.nn.utils.clip_grad_norm_(made.model.parameters(), 1.0)
-    made.optimizer.step()
-    made.optimizer.zero_grad()
-    seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
-    return {
-        "seconds": seconds,
-        "cpu_s": cpu_s,
-        "loss": float(loss),
-        "grad_norm": float(norm),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    return trl_shared.step(made, inputs)
 
 
 workers.serve(answer, sys.stdin, sys.stdout)

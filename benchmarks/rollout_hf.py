@@ -1,7 +1,6 @@
 """Hugging Face `generate` as a worker of `benchmarks.rollout`; runs where transformers and torch
 are. Usage: python -m benchmarks.rollout_hf CHECKPOINT"""
 
-import resource
 import sys
 import time
 
@@ -33,8 +32,11 @@ def answer(job):
             eos_token_id=None,
         )
         tokens += sum(limits)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": time.perf_counter() - begin, "tokens": tokens, "peak_mb": peak_mb}
+    return {
+        "seconds": time.perf_counter() - begin,
+        "tokens": tokens,
+        "peak_mb": workers.resident_mb(),
+    }
 
 
 workers.serve(answer, sys.stdin, sys.stdout)

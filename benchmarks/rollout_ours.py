@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, workers
+from benchmarks import workers
 from pgrpo_jax import allocator, sharding, types
 from pgrpo_jax.config import Compute, MeshConfig, RolloutConfig
 from pgrpo_jax.data import Prompt
@@ -44,7 +44,7 @@ class Answers:
         return {
             "seconds": seconds,
             "tokens": tokens,
-            "peak_mb": machine.resident_mb(),
+            "peak_mb": workers.resident_mb(),
             **engine.statistics.metrics(),
         }
 

@@ -4,13 +4,12 @@ python -m benchmarks.update_ours CHECKPOINT
 """
 
 import sys
-import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import machine, workers
+from benchmarks import workers
 from pgrpo_jax import allocator, optimizer, packing, sharding, types, update
 from pgrpo_jax import config as c
 from pgrpo_jax.models import load
@@ -41,15 +40,10 @@ class Answers:
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         batch = self._batch(job)
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        self._state, values, _ = self._update(self._state, batch)
-        jax.block_until_ready(self._state.params)
-        return {
-            "seconds": time.perf_counter() - begin,
-            "cpu_s": time.process_time() - cpu_begin,
-            "peak_mb": machine.resident_mb(),
-            **{n: float(values[n]) for n in ("loss", "grad_norm", "update/padding")},
-        }
+        (self._state, values, _), figures = workers.timed(
+            lambda: jax.block_until_ready(self._update(self._state, batch))
+        )
+        return figures | {n: float(values[n]) for n in ("loss", "grad_norm", "update/padding")}
 
     def _batch(self, job: dict[str, Any]) -> update.UpdateBatch:
         tests = types.Tests(kind="assert", code=("assert True",))

@@ -1,17 +1,15 @@
 """TRL's GRPO step as a worker of `benchmarks.update`; runs where trl and torch are. Usage:
 python -m benchmarks.update_trl CHECKPOINT"""
 
-import resource
 import sys
 import tempfile
-import time
 
 import datasets
 import torch
 import transformers
 import trl
 
-from benchmarks import trl_words, workers
+from benchmarks import trl_shared, workers
 
 
 class OneBatch(trl.GRPOTrainer):
@@ -46,12 +44,9 @@ def trainer(checkpoint, rows):
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=arguments,
         train_dataset=prompts,
-        processing_class=trl_words.tokenizer(),
+        processing_class=trl_shared.tokenizer(),
     )
-    made.create_optimizer_and_scheduler(1000)
-    made.current_gradient_accumulation_steps = 1
-    made.model.train()
-    return made
+    return trl_shared.ready(made)
 
 
 def padded(rows, left):
@@ -73,7 +68,7 @@ trainers: dict[int, OneBatch] = {}
 
 
 def answer(job):
-    """One step: loss, gradient, clipping, AdamW."""
+    """One step on a job's batch."""
     rows = len(job["prompts"])
     if rows not in trainers:
         trainers[rows] = trainer(sys.argv[1], rows)
@@ -89,20 +84,7 @@ def answer(job):
         "old_per_token_logps": padded_numbers(job["old_logps"]),
         "num_items_in_batch": completion_mask.sum(),
     }
-    begin, cpu_begin = time.perf_counter(), time.process_time()
-    loss = made.training_step(made.model, inputs, None)
-    norm = torch.nn.utils.clip_grad_norm_(made.model.parameters(), 1.0)
-    made.optimizer.step()
-    made.optimizer.zero_grad()
-    seconds, cpu_s = time.perf_counter() - begin, time.process_time() - cpu_begin
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {
-        "seconds": seconds,
-        "cpu_s": cpu_s,
-        "loss": float(loss),
-        "grad_norm": float(norm),
-        "peak_mb": peak_mb,
-    }
+    return trl_shared.step(made, inputs)
 
 
 workers.serve(answer, sys.stdin, sys.stdout)

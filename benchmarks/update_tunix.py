@@ -1,9 +1,7 @@
 """Tunix's GRPO step as a worker of `benchmarks.update`; runs where google-tunix is. Usage:
 python -m benchmarks.update_tunix CHECKPOINT"""
 
-import resource
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +54,13 @@ def answer(job):
     )
     with mesh:
         step, _ = trainer.jit_train_and_eval_step()
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        value, _, norm = step(example)
-        jax.block_until_ready((value, norm, nnx.state(model)))
-    return {
-        "seconds": time.perf_counter() - begin,
-        "cpu_s": time.process_time() - cpu_begin,
-        "loss": float(value),
-        "grad_norm": float(norm),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+
+        def whole():
+            value, _, norm = step(example)
+            return jax.block_until_ready((value, norm, nnx.state(model)))
+
+        (value, norm, _), figures = workers.timed(whole)
+    return figures | {"loss": float(value), "grad_norm": float(norm)}
 
 
 if __name__ == "__main__":
