@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from pgrpo_jax.kernels import flash_attention
-from pgrpo_jax.kernels.flash_attention import BlockSizes
+from pgrpo_jax.kernels import flash_attention, flash_blocks
+from pgrpo_jax.kernels.flash_blocks import BlockSizes
 
 Direction = Literal["forward", "backward"]
 MATMULS = {"forward": 2, "backward": 5}  # [T, T] by H each
@@ -46,8 +46,8 @@ class Shape:
 def own_sizes(chip: str) -> dict[Direction, BlockSizes]:
     """What the kernel takes on a chip unless it is told."""
     if chip == "v4":
-        return {"forward": flash_attention.FORWARD_V4, "backward": flash_attention.BACKWARD_V4}
-    return {"forward": flash_attention.FORWARD, "backward": flash_attention.BACKWARD}
+        return {"forward": flash_blocks.FORWARD_V4, "backward": flash_blocks.BACKWARD_V4}
+    return {"forward": flash_blocks.FORWARD, "backward": flash_blocks.BACKWARD}
 
 
 def build(*, direction: Direction, **sizes: int):

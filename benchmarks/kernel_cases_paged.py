@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.tpu_static import Kernel, Node
-from pgrpo_jax.kernels import paged_attention
+from pgrpo_jax.kernels import paged_attention, paged_kernel
 
 SLOTS, LENGTH, QUERY_HEADS, KEY_HEADS, HEAD_DIM = 64, 4096, 28, 4, 128
 KEY_BYTES = 2 * KEY_HEADS * HEAD_DIM * 2  # key and value of a token, bfloat16
@@ -111,7 +111,7 @@ def _times(kernel: Kernel, pages: int, node: Node) -> float:
     copies = kernel.text(inside).count(PAGE_COPY)
     if node.kind == "loop" and copies:
         # One loop copies several pages at a time; another, of single pages, copies what remains.
-        return pages // copies if copies > 1 else pages % paged_attention.UNROLL
+        return pages // copies if copies > 1 else pages % paged_kernel.UNROLL
     if node.kind == "loop":
         return node.trips or 1
     return float(copies > 0 or kernel.matrix_cycles(inside) > 0)

@@ -18,7 +18,7 @@ from benchmarks import kernel_cases_flash as flash
 from benchmarks import kernel_cases_paged as paged
 from benchmarks import tpu_static
 from benchmarks.tpu_static import Case, Chip, Compiled, Kernel
-from pgrpo_jax.kernels import paged_attention
+from pgrpo_jax.kernels import paged_kernel
 
 PUBLIC_PART = {"forward": 256, "backward": 512}  # tokamax' best columns of a pass
 PUBLIC_BLOCK = 1024
@@ -73,7 +73,7 @@ def _splash_cycles(kernels: list[Kernel], direction: flash.Direction, cores: int
 
 def decode_cases(chip: Chip) -> Iterator[Case]:
     for page in PAGE_SIZES:
-        own = paged_attention.BLOCKS.pages(page * paged.KEY_BYTES, paged.LENGTH // page) * page
+        own = paged_kernel.BLOCKS.pages(page * paged.KEY_BYTES, paged.LENGTH // page) * page
         whole, head = paged.KEY_BYTES, paged.HEAD_BYTES
         # Name, build, options, keys of a block, bytes of a key, cores at work. The public kernels
         # have their best blocks, and run on one core with all of the bandwidth; the blocks of the

@@ -10,8 +10,8 @@ import pytest
 import tpu_topology
 from hypothesis import strategies as st
 
-from pgrpo_jax.kernels import flash_attention
-from pgrpo_jax.kernels.flash_attention import BlockSizes
+from pgrpo_jax.kernels import flash_attention, flash_blocks
+from pgrpo_jax.kernels.flash_blocks import BlockSizes
 
 SMALL = BlockSizes(span=512, queries=256, keys=256, part=128, tile=128)
 TINY = BlockSizes(span=128, queries=128, keys=128, part=128, tile=128)
@@ -136,7 +136,7 @@ def test_a_block_looks_at_no_pass_before_its_segments_begin():
     sizes = BlockSizes(span=1024, queries=256, keys=128, part=128, tile=128)
     # Segment 1 fills columns 0 to 299, segment 2 those to 639; the rest is padding.
     segments_BT = jnp.repeat(jnp.array([[1, 2, 0]]), np.array([300, 340, 384]), axis=1)
-    first_X = flash_attention._first_passes(segments_BT, sizes)
+    first_X = flash_blocks.first_passes(segments_BT, sizes)
     # Block 0 has no passes before it. Block 1 (256 to 511) still has tokens of segment 1: it begins
     # at pass 0. Block 2 (512 to 767) is in segment 2, which begins in pass 2. Block 3 is padding:
     # one more than the 6 passes before it.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pgrpo_jax.kernels import paged_attention
-from pgrpo_jax.kernels.paged_attention import Blocks
+from pgrpo_jax.kernels.paged_kernel import Blocks
 
 LAYERS = 2
 
