@@ -68,13 +68,40 @@ def compile_reward_update(
     Metrics: loss, accuracy (share of pairs with s+ > s-), gap (mean s+ - s-), score (mean of both),
     grad_norm, learning_rate.
     """
-    settings, compute = cfg.reward_training, cfg.reward_model.compute
-    A = settings.micro_batches
+    settings, A = cfg.reward_training, cfg.reward_training.micro_batches
     sharding.check_rows(
         mesh, **{"reward_training.batch_size / micro_batches": settings.batch_size // A}
     )
     tx = optimizer.build(settings.optimizer, settings.steps)
     learning_rate = optimizer.schedule(settings.optimizer, settings.steps)
+    gradient = _in_micro_batches(_pair_loss(cfg, arch), A)
+
+    def step(state: optimizer.TrainState, batch: data.PairBatch):
+        (value, (chosen_C, rejected_C)), grads = gradient(state.params, batch)
+        metrics = {
+            "loss": value,
+            "accuracy": masked.mean(chosen_C > rejected_C, batch.valid_C),
+            "gap": masked.mean(chosen_C - rejected_C, batch.valid_C),
+            "score": masked.mean((chosen_C + rejected_C) / 2, batch.valid_C),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": learning_rate(state.step),
+        }
+        return optimizer.apply(state, grads, tx), metrics
+
+    compute = cfg.reward_model.compute
+    params = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
+    places = optimizer.state_shardings(params, tx, mesh)
+    return jax.jit(
+        sharding.on(mesh, step),
+        donate_argnums=0,
+        in_shardings=(places, sharding.batch(mesh)),
+        out_shardings=(places, sharding.replicated(mesh)),
+    )
+
+
+def _pair_loss(cfg: config.Config, arch: config.Architecture) -> Callable[..., Any]:
+    """loss(params, batch) -> (Bradley-Terry loss, (chosen_C, rejected_C))."""
+    settings, compute = cfg.reward_training, cfg.reward_model.compute
 
     def loss(params, batch: data.PairBatch):
         both = [  # one forward over [2C, T]
@@ -93,13 +120,19 @@ def compile_reward_update(
         )
         return value, (chosen_C, rejected_C)
 
+    return loss
+
+
+def _in_micro_batches(loss: Callable[..., Any], A: int) -> Callable[..., Any]:
+    """gradient(params, batch) -> ((loss, scores), gradient), as of the whole batch at once."""
+    if A == 1:
+        return jax.value_and_grad(loss, has_aux=True)
+
     def share(params, batch: data.PairBatch, share_C: jax.Array):
         value, scores = loss(params, batch)
         return value * share_C.sum(), scores
 
     def gradient(params, batch: data.PairBatch):
-        if A == 1:
-            return jax.value_and_grad(loss, has_aux=True)(params, batch)
         share_C = jnp.asarray(batch.valid_C) / masked.count(jnp.asarray(batch.valid_C))
         # Every A-th pair: rows that devices hold side by side go to different micro-batches.
         parts = jax.tree.map(
@@ -108,26 +141,7 @@ def compile_reward_update(
         value, scores, grads = optimizer.accumulate(share, params, parts, A)
         return (value, jax.tree.map(lambda x_AC: x_AC.swapaxes(0, 1).reshape(-1), scores)), grads
 
-    def step(state: optimizer.TrainState, batch: data.PairBatch):
-        (value, (chosen_C, rejected_C)), grads = gradient(state.params, batch)
-        metrics = {
-            "loss": value,
-            "accuracy": masked.mean(chosen_C > rejected_C, batch.valid_C),
-            "gap": masked.mean(chosen_C - rejected_C, batch.valid_C),
-            "score": masked.mean((chosen_C + rejected_C) / 2, batch.valid_C),
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": learning_rate(state.step),
-        }
-        return optimizer.apply(state, grads, tx), metrics
-
-    params = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
-    places = optimizer.state_shardings(params, tx, mesh)
-    return jax.jit(
-        sharding.on(mesh, step),
-        donate_argnums=0,
-        in_shardings=(places, sharding.batch(mesh)),
-        out_shardings=(places, sharding.replicated(mesh)),
-    )
+    return gradient
 
 
 def compile_scores(
