@@ -77,9 +77,8 @@ def lengths() -> list[int]:
 
 def packed(R: int) -> update.UpdateBatch:
     batches, T = packing.pack(lengths(), LONGEST, R)
-    assert (
-        sum(bool(row) for batch in batches for row in batch) < P * G
-    )  # there is something to pack
+    rows = [row for batch in batches for row in batch if row]
+    assert len(rows) < P * G  # there is something to pack
     return batch(*update.packed(completions(), batches, R, T))
 
 
