@@ -73,7 +73,14 @@ class HuggingFaceTokenizer:
     """A checkpoint's tokenizer with its chat template."""
 
     def __init__(self, name: str):
-        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name!r} holds no tokenizer that transformers can read; name a folder with "
+                "tokenizer.json (or vocab.json, merges.txt) and tokenizer_config.json, a hub id, "
+                f'or "world"; transformers said: {str(error).splitlines()[0]}'
+            ) from error
         if not self._tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {name!r} has no chat template, so it is not known what a turn "

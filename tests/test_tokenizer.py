@@ -96,6 +96,16 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
         tokenizer.load(chat_tokenizer.save(tmp_path, template=""))
 
 
+@pytest.mark.parametrize("name", ["an empty folder", "no such folder or hub id"])
+def test_a_name_without_a_tokenizer_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / name
+    if name == "an empty folder":
+        folder.mkdir()
+    with pytest.raises(ValueError, match="holds no tokenizer that transformers can read; name a"):
+        tokenizer.load(str(folder))
+
+
 def test_the_reward_model_reads_statement_and_reasoning_up_to_the_turns_end(chat):
     ids = chat.reward_ids("Add one.", "\n First add. \n")
     assert ids == chat.encode(
