@@ -1,18 +1,19 @@
 """The three rewards of a completion: format, outcome, and thinking (arXiv 2508.05170, section 3.2).
 
-Programs are judged while other completions still decode. The reward model then reads (problem,
-reasoning) of the passing completions, never the program; the jitted update folds the terms into the
+While other completions still decode, programs are judged, and the reward model reads (problem,
+reasoning) of those that have passed, never the program. The jitted update folds the terms into the
 gated reward.
 """
 
 import dataclasses
 import importlib
+import math
+import queue
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import zip_longest
 from typing import Any, get_args
 
 import jax
@@ -75,7 +76,7 @@ class ThinkingScorer:
     """R_t = sigmoid(s(problem, reasoning)), in batches of few shapes.
 
     With `settings.offload` the parameters lie in the host's memory and are on the device for the
-    length of a call: drop your own reference to `params`.
+    length of a batch: drop your own reference to `params`.
     """
 
     def __init__(
@@ -94,41 +95,94 @@ class ThinkingScorer:
         home = sharding.on_host(self._places) if settings.offload else self._places
         self.params = jax.device_put(params, home)
 
-    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """R_t of (statement, reasoning) pairs, float32; NaN for a row over the length limit.
+    @property
+    def eager(self) -> bool:
+        """Whether scores may be computed before all pairs are known. Several processes must start
+        the same programs in the same order, and do not see the same pairs first; and what lies in
+        the host's memory is fetched once, not for each batch."""
+        return jax.process_count() == 1 and not self._settings.offload
 
-        A batch is as long as its longest row asks for: an eighth, a quarter, a half or all of
-        `thinking_max_length`.
-        """
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of rows: an eighth, a quarter, a half and all of `thinking_max_length`."""
         limit = self._settings.thinking_max_length
-        size = self._settings.thinking_batch_size // jax.process_count()
+        return -(-limit // 8), -(-limit // 4), -(-limit // 2), limit
+
+    @property
+    def size(self) -> int:
+        """Rows that a process puts into a batch."""
+        return self._settings.thinking_batch_size // jax.process_count()
+
+    def begin(self) -> "Scores":
+        """For the pairs of one step."""
+        return Scores(self)
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """R_t of (statement, reasoning) pairs, float32; NaN for a row over the length limit."""
+        scores = self.begin()
+        for pair in pairs:
+            scores.add(*pair)
+        return scores.finish()
+
+    def ids(self, statement: str, reasoning: str) -> Sequence[int]:
+        """What the model reads."""
+        return self._words.reward_ids(statement, reasoning)
+
+    def start(self, ids: Sequence[Sequence[int]], length: int) -> jax.Array:
+        """Scores of a batch's rows, without waiting for them."""
         params = jax.device_put(self.params, self._places)  # moves nothing unless they are away
-        ids = [self._words.reward_ids(*pair) for pair in pairs]
-        scores = np.full(len(ids), np.nan, np.float32)
-        order = sorted(
-            (i for i in range(len(ids)) if len(ids[i]) <= limit), key=lambda i: len(ids[i])
-        )
-        batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-        lengths = self._lengths(ids, batches)
-        batches += [[]] * (len(lengths) - len(batches))  # another process may have more
-        for length, some in zip(lengths, batches, strict=True):
-            ids_BT = np.full((size, length), self._words.pad_id, np.int32)
-            segments_BT = np.zeros_like(ids_BT)
-            for row, i in enumerate(some):
-                ids_BT[row, : len(ids[i])] = ids[i]
-                segments_BT[row, : len(ids[i])] = 1
-            positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BT.shape)
-            rows = sharding.put_rows(self._mesh, (ids_BT, positions_BT, segments_BT))
-            scores[some] = sharding.local_rows(self._score(params, *rows))[: len(some)]
+        ids_BT = np.full((self.size, length), self._words.pad_id, np.int32)
+        segments_BT = np.zeros_like(ids_BT)
+        for row, some in enumerate(ids):
+            ids_BT[row, : len(some)] = some
+            segments_BT[row, : len(some)] = 1
+        positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BT.shape)
+        rows = sharding.put_rows(self._mesh, (ids_BT, positions_BT, segments_BT))
+        return self._score(params, *rows)
+
+
+class Scores:
+    """R_t of pairs that come one by one, in batches of few shapes.
+
+    A full batch is begun at once: the device works it off between two visits of the rollout. A row
+    is computed at the length that it needs itself, so that its score hangs neither on the others
+    nor on when it came.
+    """
+
+    def __init__(self, scorer: ThinkingScorer):
+        self._scorer, self._count, self.early = scorer, 0, 0
+        self._waiting: dict[int, list[tuple[int, Sequence[int]]]] = {n: [] for n in scorer.lengths}
+        self._begun: list[tuple[list[int], jax.Array]] = []
+
+    def add(self, statement: str, reasoning: str) -> None:
+        """One more pair."""
+        ids, number = self._scorer.ids(statement, reasoning), self._count
+        self._count += 1
+        length = next((n for n in self._waiting if n >= len(ids)), None)
+        if length is None:
+            return
+        self._waiting[length].append((number, ids))
+        if self._scorer.eager and len(self._waiting[length]) == self._scorer.size:
+            self.early += self._scorer.size
+            self._begin(length)
+
+    def finish(self) -> np.ndarray:
+        """R_t in the order of `add`, float32; NaN for a row over the length limit."""
+        missing = [math.ceil(len(rows) / self._scorer.size) for rows in self._waiting.values()]
+        every = zip(*hosts.gather(missing), strict=True)  # another process may have more
+        for length, counts in zip(self._waiting, every, strict=True):
+            for _ in range(max(counts)):
+                self._begin(length)
+        scores = np.full(self._count, np.nan, np.float32)
+        for numbers, batch in self._begun:
+            scores[numbers] = sharding.local_rows(batch)[: len(numbers)]
         return scores
 
-    def _lengths(self, ids: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> list[int]:
-        """The length of each batch; processes agree on it, as they do on the number of batches."""
-        limit = self._settings.thinking_max_length
-        own = [max(len(ids[i]) for i in some) for some in batches]
-        longest = [max(one) for one in zip_longest(*hosts.gather(own), fillvalue=0)]
-        buckets = -(-limit // 8), -(-limit // 4), -(-limit // 2), limit
-        return [next(bucket for bucket in buckets if bucket >= length) for length in longest]
+    def _begin(self, length: int) -> None:
+        rows, size = self._waiting[length], self._scorer.size
+        batch, self._waiting[length] = rows[:size], rows[size:]
+        scores = self._scorer.start([ids for _, ids in batch], length)
+        self._begun.append(([number for number, _ in batch], scores))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +285,14 @@ class Rewards:
         scorer: ThinkingScorer,
         own: range | None = None,
     ):
-        self._cfg, self._words, self._judge, self._scorer = cfg, words, judge, scorer
+        self._cfg, self._words, self._judge = cfg, words, judge
         self._own = own
         self._functions = user_functions(cfg.rewards.functions)
         self._opening = words.opening(cfg.data.prefill)
         self._rows: list[_Row] = []
+        self._judged: queue.SimpleQueue[_Row] = queue.SimpleQueue()
+        self._unread, self._asked = 0, list[tuple[int, int]]()
+        self._thinking = scorer.begin()
         self._counters, self._begin = judge.counters, time.monotonic()
         self._judged_at: float | None = None
 
@@ -246,7 +303,13 @@ class Rewards:
         verdict = None
         if self._own is None or completion.group in self._own:
             verdict = self._judge.submit(parsed.program, completion.problem.tests)
-        self._rows.append((completion, text, parsed, verdict))
+        row = completion, text, parsed, verdict
+        self._rows.append(row)
+        if verdict is not None:
+            self._unread += 1
+            verdict.add_done_callback(lambda _: self._judged.put(row))
+        while not self._judged.empty():
+            self._ask()
 
     def wait(self) -> None:
         """Returns when every program that is judged here is."""
@@ -262,6 +325,8 @@ class Rewards:
           ValueError: a user's function returned another number of rewards than completions.
         """
         self.wait()
+        while self._unread:
+            self._ask()
         rows = sorted(self._rows, key=lambda row: (row[0].group, row[0].sample))
         results, terms = self._everyones([row for row in rows if row[3] is not None])
         completions = [completion for completion, *_ in rows]
@@ -295,8 +360,8 @@ class Rewards:
         their order."""
         completions, texts = [row[0] for row in own], [row[1] for row in own]
         results = [verdict.result() for *_, verdict in own if verdict is not None]
-        passed_B = np.array([result.verdict == "pass" for result in results])
-        thinking_B = self._thinking(completions, [row[2] for row in own], passed_B)
+        scores = dict(zip(self._asked, self._thinking.finish().tolist(), strict=True))
+        thinking_B = np.array([scores.get((c.group, c.sample), np.nan) for c in completions])
         terms = {"thinking": thinking_B, **self._user_terms(completions, texts)}
         told = hosts.gather(
             {
@@ -310,32 +375,29 @@ class Rewards:
         }
 
     def _pace(self) -> dict[str, float]:
-        """What the judge did while completions were decoded and after it."""
+        """What the judge did while completions were decoded and after it, and the share of
+        reasonings that were scored meanwhile."""
         before, after = self._counters, self._judge.counters
         seconds = (self._judged_at or time.monotonic()) - self._begin
         return {
             "judge/runs_per_s": (after.runs - before.runs) / seconds,
             "judge/slot_rebuilds": float(after.slot_rebuilds - before.slot_rebuilds),
+            "rewards/thinking/early": self._thinking.early / max(len(self._asked), 1),
         }
 
-    def _thinking(
-        self,
-        completions: Sequence[types.Completion],
-        parsed: Sequence[parse.Parsed],
-        passed_B: np.ndarray,
-    ) -> np.ndarray:
-        """R_t, NaN where there is none: the reward model reads the reasonings that the gate asks
-        for, and a share of the others that hangs on the problem and the sample number alone."""
-        threshold = self._cfg.rewards.shadow_fraction * 2**32
-        names = [f"{c.problem.id}/{c.sample}" for c in completions]
-        shadow_B = np.array([zlib.crc32(name.encode()) < threshold for name in names])
-        reasoned_B = np.array([bool(p.reasoning.strip()) for p in parsed])
-        asked_B = reasoned_B & (passed_B | shadow_B | (self._cfg.update.gate in READS_ALL))
-        where = np.flatnonzero(asked_B).tolist()
-        thinking_B = np.full(len(completions), np.nan, np.float32)
-        pairs = [(completions[i].problem.statement, parsed[i].reasoning) for i in where]
-        thinking_B[where] = self._scorer(pairs)
-        return thinking_B
+    def _ask(self) -> None:
+        """Shows the reward model the reasoning of the next completion that has been judged, if the
+        gate reads it, and a share of the others that hangs on the problem and the sample number
+        alone."""
+        completion, _, parsed, verdict = self._judged.get()
+        self._unread -= 1
+        assert verdict is not None, "only what is judged comes here"
+        name = f"{completion.problem.id}/{completion.sample}"
+        shadow = zlib.crc32(name.encode()) < self._cfg.rewards.shadow_fraction * 2**32
+        read = verdict.result().verdict == "pass" or self._cfg.update.gate in READS_ALL
+        if parsed.reasoning.strip() and (read or shadow):
+            self._thinking.add(completion.problem.statement, parsed.reasoning)
+            self._asked.append((completion.group, completion.sample))
 
     def _user_terms(
         self, completions: Sequence[types.Completion], texts: Sequence[str]

@@ -70,7 +70,8 @@ class Engine:
 
 
 class Judge:
-    """Passes what its table of verdicts says, a problem's samples in order."""
+    """Passes what its table of verdicts says, a problem's samples in order; a program is judged
+    when it is waited for."""
 
     def __init__(self, events: list[str], verdicts: list[str]):
         self.events, self.verdicts = events, iter(verdicts)
@@ -79,17 +80,46 @@ class Judge:
     def submit(self, program, tests):
         future = concurrent.futures.Future()
         verdict = next(self.verdicts)
-        future.set_result(types.Result(verdict, int(verdict == "pass"), 1))
-        result = future.result
-        future.result = lambda: (self.events.append("judged"), result())[1]
+        wait = future.result
+
+        def result():
+            if not future.done():
+                self.events.append("judged")
+                future.set_result(types.Result(verdict, int(verdict == "pass"), 1))
+            return wait()
+
+        future.result = result
         return future
 
 
-def collector(cfg, verdicts, scores=lambda pairs: np.full(len(pairs), 0.5, np.float32)):
+class Scorer:
+    """What `says` makes of a step's number of reasonings."""
+
+    def __init__(self, says):
+        self._says = says
+
+    def begin(self):
+        return Scores(self._says)
+
+
+class Scores:
+    early = 0
+
+    def __init__(self, says):
+        self._says, self._count = says, 0
+
+    def add(self, statement, reasoning):
+        self._count += 1
+
+    def finish(self):
+        return np.array(self._says(self._count), np.float32)
+
+
+def collector(cfg, verdicts, scores=lambda count: np.full(count, 0.5)):
     events: list[str] = []
     batches, engine = Batches(), Engine(events)
     judge = Judge(events, [{"p": "pass", "f": "fail"}[v] for v in verdicts])
-    return collect.Collector(cfg, engine, WORDS, judge, scores, batches), batches, engine
+    return collect.Collector(cfg, engine, WORDS, judge, Scorer(scores), batches), batches, engine
 
 
 def problems(scored):
@@ -108,8 +138,8 @@ def test_groups_whose_outcomes_are_all_alike_are_replaced_by_fresh_prompts():
 
 
 def test_a_group_that_passes_whole_has_a_signal_in_its_rewards():
-    def scores(pairs):
-        return np.linspace(0.1, 0.9, len(pairs), dtype=np.float32)
+    def scores(count):
+        return np.linspace(0.1, 0.9, count)
 
     made, batches, _ = collector(config(filter_groups="reward"), "pppf", scores)
     scored, values = made.collect(None, 0, collect.Clock(), ahead=False)

@@ -81,14 +81,23 @@ class Judge:
 
 
 class Scorer:
-    """Says 0.9 of a first reasoning, 0.8 of a second, and so on, and keeps what it was shown."""
+    """Keeps what it was shown; says 0.9 of a first reasoning, 0.8 of a second, and so on, or what
+    `says` makes of (number, reasoning)."""
 
-    def __init__(self):
-        self.pairs = []
+    early = 0
 
-    def __call__(self, pairs):
-        self.pairs += pairs
-        return np.array([0.9 - 0.1 * i for i in range(len(pairs))], np.float32)
+    def __init__(self, says=lambda number, _: 0.9 - 0.1 * number):
+        self.pairs, self._says = [], says
+
+    def begin(self):
+        return self
+
+    def add(self, *pair):
+        self.pairs.append(pair)
+
+    def finish(self):
+        said = [self._says(i, reasoning) for i, (_, reasoning) in enumerate(self.pairs)]
+        return np.array(said, np.float32)
 
 
 def score(completions, verdicts, cfg=None, scorer=None) -> rewards.Scored:
@@ -248,6 +257,44 @@ def test_a_thinking_reward_does_not_depend_on_its_batch_or_the_devices():
     np.testing.assert_allclose(thinking_scorer()(PAIRS[::-1]), wanted[::-1], atol=1e-6)
 
 
+def test_full_batches_are_begun_while_pairs_still_come_and_change_no_score():
+    wanted = thinking_scorer()(PAIRS)
+    for order in (range(len(PAIRS)), range(len(PAIRS) - 1, -1, -1)):
+        scores = thinking_scorer(thinking_batch_size=4).begin()
+        early = []
+        for i in order:
+            scores.add(*PAIRS[i])
+            early.append(scores.early)
+        assert early[0] == 0 and early[-1] >= len(PAIRS) - 4 * 3
+        np.testing.assert_array_equal(early, [n - n % 4 for n in early])
+        np.testing.assert_allclose(scores.finish(), wanted[list(order)], atol=1e-6)
+
+
+def test_a_model_in_the_hosts_memory_waits_for_the_last_pair():
+    scores = thinking_scorer(thinking_batch_size=1, offload=True).begin()
+    for read in PAIRS:
+        scores.add(*read)
+    assert scores.early == 0
+    np.testing.assert_allclose(scores.finish(), thinking_scorer()(PAIRS), atol=1e-6)
+
+
+def test_what_is_judged_late_is_scored_too():
+    judge = Judge("pass", "pass", "fail")
+    late, submit = [], judge.submit
+
+    def submit_late(program, tests):
+        late.append((concurrent.futures.Future(), submit(program, tests).result()))
+        return late[-1][0]
+
+    judge.submit = submit_late
+    session = rewards.Rewards(config(), WORDS, judge, Scorer(lambda number, _: number))
+    for one in samples(GOOD, GOOD, GOOD):
+        session.add(one)
+    for future, result in reversed(late):  # the second is judged, and asked about, before the first
+        future.set_result(result)
+    np.testing.assert_array_equal(session.finish().r_thinking_B, [1, 0, 0])
+
+
 def test_a_reasoning_over_the_length_limit_is_not_cut_but_left_without_a_score():
     lengths = np.array([len(WORDS.reward_ids(*read)) for read in PAIRS])
     limit = int(np.median(lengths))
@@ -257,7 +304,7 @@ def test_a_reasoning_over_the_length_limit_is_not_cut_but_left_without_a_score()
 
 
 def test_a_reasoning_without_a_score_earns_0_and_stands_as_none():
-    scored = score(samples(GOOD), ["pass"], scorer=lambda pairs: np.full(len(pairs), np.nan))
+    scored = score(samples(GOOD), ["pass"], scorer=Scorer(lambda *_: np.nan))
     assert scored.r_thinking_B == 0
     assert scored.rows(np.zeros(1))[0].rewards["thinking"] is None
     assert "rewards/thinking/passing" not in scored.values
@@ -355,13 +402,12 @@ def test_metrics_of_a_batch_by_hand(monkeypatch):
         "rewards/format/failing": 1 / 2,
         "rewards/thinking/passing": pytest.approx((0.9 + 0.8) / 2),
         "rewards/thinking/failing": pytest.approx((0.7 + 0.6) / 2),
+        "rewards/thinking/early": 0,
     }
 
 
 def test_a_reward_model_that_likes_length_is_seen_in_the_correlation():
-    def likes_length(pairs):
-        return np.array([0.1 + 0.001 * len(reasoning) for _, reasoning in pairs], np.float32)
-
+    likes_length = Scorer(lambda _, reasoning: 0.1 + 0.001 * len(reasoning))
     texts = [world.completion(REASONING * n, PROGRAM) for n in (1, 2, 4)]
     values = score(samples(*texts), ["pass"] * 3, scorer=likes_length).values
     assert values["rewards/thinking/length_correlation"] == pytest.approx(1, abs=1e-5)
