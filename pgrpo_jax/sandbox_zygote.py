@@ -46,6 +46,7 @@ textwrap threading time traceback types typing
 def main(arguments: list[str]) -> None:
     """`arguments` is one JSON object: tier, scratch, scratch_mb, readable, packages, preload."""
     settings = json.loads(arguments[0])
+    os.setsid()  # here, since posix_spawn cannot do it everywhere
     control = socket.socket(fileno=sandbox_wire.CONTROL)
     try:
         said = _prepare(settings)
@@ -109,7 +110,7 @@ def _make_streams() -> None:
     """sys.stdin and the like for the children, on descriptors of the kind that they will have."""
     kept = [os.dup(descriptor) for descriptor in range(3)]
     pipe = os.pipe()
-    for descriptor, like in enumerate((os.memfd_create(""), pipe[1], pipe[1])):
+    for descriptor, like in enumerate((sandbox_jail.memory_file(), pipe[1], pipe[1])):
         os.dup2(like, descriptor)
     sandbox_run.open_streams()
     for descriptor, before in enumerate(kept):
@@ -191,7 +192,7 @@ class _Slot:
             os.close(descriptor)
         if pid < 0:
             return self._report(number, -1, 0.0, 0)
-        handle = os.pidfd_open(pid)
+        handle = sandbox_jail.handle_of(pid)
         self._runs[handle] = pid, number
         self._poll.register(handle, select.POLLIN)
 

@@ -328,6 +328,33 @@ def test_below_both_tiers_nothing_is_judged_unless_the_user_insists(monkeypatch)
         assert (result.verdict, result.tier) == ("pass", "unsafe")
 
 
+def test_an_interpreter_built_on_an_old_c_library_judges_as_any_other(judge, monkeypatch):
+    monkeypatch.setattr(sandbox, "_BOOT", OLD_LIBRARY + sandbox._BOOT)
+    with sandbox.Judge(dataclasses.replace(LIMITS, tier=judge.tier)) as old:
+        pairs = [(PRINTS, SUM), (ADDS, ADD), (ADDS, ASSERTS), ("print(7)", SUM)]
+        assert [r.verdict for r in old.batch(pairs)] == ["pass", "pass", "pass", "fail"]
+
+
+# What portable builds of CPython, those that uv installs for one, leave out in server and slots.
+LACKS = """
+import fcntl, os, sys
+for name in [n for n in vars(os) if n.startswith(("memfd", "MFD", "pidfd"))]:
+    delattr(os, name)
+for name in [n for n in vars(fcntl) if n.endswith("_SEALS") or n.startswith("F_SEAL")]:
+    delattr(fcntl, name)
+"""
+OLD_LIBRARY = f"""{LACKS}
+sys.path.append(sys.argv[1])
+from pgrpo_jax import sandbox_slot as slot
+slot._PYTHON = *slot._PYTHON[:-1], {LACKS!r} + slot._PYTHON[-1]
+spawn = os.posix_spawn
+def posix_spawn(*arguments, **more):
+    if "setsid" in more:
+        raise NotImplementedError("posix_spawn: setsid unavailable on this platform")
+    return spawn(*arguments, **more)
+os.posix_spawn = posix_spawn
+"""
+
 # The server as on a machine where both tiers fail: its slots ask for jails that there are not.
 NO_JAIL = """
 import sys
