@@ -22,6 +22,7 @@ import fcntl
 import gc
 import importlib
 import json
+import locale
 import os
 import posix
 import random
@@ -72,6 +73,7 @@ def _prepare(settings: dict) -> str:
             sandbox_jail.become_nobody()
     sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
     _set_thread_stack()
+    _name_a_locale_that_is_here()
     sys.path[:] = paths
     for name in _MODULES + settings["preload"]:
         importlib.import_module(name)
@@ -136,6 +138,15 @@ def _set_thread_stack() -> None:
         libc.pthread_attr_init(attributes)
         libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(THREAD_STACK_MB << 20))
         libc.pthread_setattr_default_np(attributes)
+
+
+def _name_a_locale_that_is_here() -> None:
+    """Some old or bare systems have no C.UTF-8; programs that ask for the environment's locale
+    would all end there. Text is UTF-8 in any: the interpreter is told so apart."""
+    try:
+        locale.setlocale(locale.LC_CTYPE, "")  # as the interpreter did at its start
+    except locale.Error:
+        os.environ["LC_ALL"] = "C"
 
 
 class _Slot:

@@ -335,6 +335,23 @@ def test_an_interpreter_built_on_an_old_c_library_judges_as_any_other(judge, mon
         assert [r.verdict for r in old.batch(pairs)] == ["pass", "pass", "pass", "fail"]
 
 
+LOCALE = """
+import locale
+locale.setlocale(locale.LC_ALL, "")
+with open("/dev/stdout", "w") as file:  # by the encoding that a program gets without asking
+    print("\u00fc", locale.format_string("%d", 1000000, grouping=True), file=file)
+"""
+
+
+def test_where_the_machine_lacks_the_locale_programs_may_ask_for_theirs(judge, monkeypatch):
+    server = "from pgrpo_jax import sandbox_slot as s; s._ENVIRONMENT['LC_ALL'] = 'no_WHERE.UTF-8'"
+    boot = f"import sys; sys.path.append(sys.argv[1]); {server}; {sandbox._BOOT}"
+    monkeypatch.setattr(sandbox, "_BOOT", boot)
+    with sandbox.Judge(dataclasses.replace(LIMITS, tier=judge.tier)) as bare:
+        tests = types.Tests("stdin", ("",), ("\u00fc 1000000",))
+        assert verdict(bare, LOCALE, tests) == "pass"
+
+
 # What portable builds of CPython, those that uv installs for one, leave out in server and slots.
 LACKS = """
 import fcntl, os, sys
