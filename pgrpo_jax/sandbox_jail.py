@@ -186,7 +186,7 @@ _REFUSED = {  # what programs try: names for reports; all that is in no table is
     "vmsplice": (278, 75), "memfd_secret": (447, 447), "adjtimex": (159, 171),
 }
 # fmt: on
-_CLONE3 = (435, 435)
+_SECCOMP, _CLONE3 = (317, 277), (435, 435)
 _CLONE, _PRCTL, _PRLIMIT = (_REFUSED[name] for name in ("clone", "prctl", "prlimit64"))
 _SIGNALS = tuple(_REFUSED[name] for name in ("kill", "tkill", "tgkill"))
 _AUDIT = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
@@ -233,7 +233,7 @@ class SystemCalls:
             prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self._program))
             return -1
         flags = ctypes.c_ulong(_NEW_LISTENER)
-        number = ctypes.c_long(_REFUSED["seccomp"][self._column])
+        number = ctypes.c_long(_SECCOMP[self._column])
         return _checked("seccomp", _libc.syscall(number, _SET_FILTER, flags, self._program))
 
     def _assemble(self) -> list[bytes]:
