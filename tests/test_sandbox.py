@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import os
 import pathlib
+import platform
 import re
 import shutil
 import signal
@@ -315,6 +316,21 @@ def test_system_calls_have_the_numbers_of_the_kernels_headers(column):
     assert not wrong
     assert len(ours) > 200
     assert jail._PIVOT[("x86_64", "aarch64")[column]] == there["pivot_root"]
+
+
+MACHINE_CODE = """
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20; int 0x80; ret
+print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="no 32-bit calls from 64-bit code")
+def test_a_call_by_the_numbers_of_32_bit_programs_ends_the_program(judge):
+    result = judge.submit(MACHINE_CODE, types.Tests("stdin", ("",), ("",))).result()
+    assert result.verdict == "error"
+    assert re.search(r"signal (31|11)\b", result.failure)  # 11 where the kernel has no such calls
 
 
 def test_below_both_tiers_nothing_is_judged_unless_the_user_insists(monkeypatch):
