@@ -123,12 +123,25 @@ def _make_streams() -> None:
 
 
 def _stay_outside_while_it_lives() -> None:
-    """Only a child is in the new process namespace: its process 1. The parent waits for its end."""
+    """Only a child is in the new process namespace: its process 1. The parent waits for its end.
+
+    A parent that is killed takes the child along from its first moment: a slow start would else go
+    on with nobody to tell. `_prepare` asks again, since a change of user forgets it.
+    """
+    ready, told = os.pipe()
     child = os.fork()
     if child:
         os.close(sandbox_wire.CONTROL)
+        os.close(told)
         os.waitpid(child, 0)
         os._exit(0)
+    os.close(ready)
+    sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.write(told, b"\0")
+    except BrokenPipeError:  # the parent was killed before
+        os._exit(1)
+    os.close(told)
 
 
 def _set_thread_stack() -> None:

@@ -19,7 +19,9 @@ import pytest
 
 from pgrpo_jax import config, sandbox, types
 from pgrpo_jax import sandbox_jail as jail
+from pgrpo_jax import sandbox_slot as slots
 
+ROOT = str(pathlib.Path(sandbox.__file__).parent.parent)
 LIMITS = config.JudgeConfig(workers=2, timeout_s=1.0, memory_mb=256, output_kb=64)
 SUM = types.Tests("stdin", ("3 4\n", "10 -4\n"), ("7\n", "6\n"))
 ADD = types.Tests("call", ((3, 4), (10, -4)), (7, 6), function="add")
@@ -168,6 +170,26 @@ def test_killing_the_trainer_leaves_nothing_behind(judge):
             return
         time.sleep(0.05)
     raise AssertionError(f"left behind: {left} {scratch_folders() - folders_before}")
+
+
+SLOW = "import time, pgrpo_jax.sandbox_jail as j; j.build_root = lambda *_: time.sleep(600); "
+
+
+def test_a_slot_that_is_closed_while_it_starts_leaves_nothing_behind(judge, monkeypatch):
+    if judge.tier != "namespaces":
+        pytest.skip("its slots are one process")
+    boot = slots._PYTHON[-1].replace("sandbox_zygote.main", SLOW + "sandbox_zygote.main")
+    monkeypatch.setattr(slots, "_PYTHON", (*slots._PYTHON[:-1], boot))
+    settings = {"tier": judge.tier, "scratch": "/tmp", "packages": [], "hidden": [], "readable": []}
+    slot = slots.Slot(slots.Loop(), settings | {"scratch_mb": 1, "preload": []}, ROOT)
+    deadline = time.monotonic() + 20
+    while not (inner := children_of(slot._pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    slot.close()
+    while any(os.path.exists(f"/proc/{pid}") for pid in inner):
+        assert time.monotonic() < deadline, "process 1 of the slot's namespace lives on"
+        time.sleep(0.01)
 
 
 def test_a_judge_whose_slots_are_killed_still_gives_right_verdicts(judge):
