@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -311,7 +312,7 @@ def test_packages_in_the_machines_temporary_folder_do_not_break_the_jail(monkeyp
     folder = pathlib.Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     (folder / "inmytmp.py").write_text("x = 7")
-    monkeypatch.setattr(sandbox, "_packages", lambda: [str(folder)])
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(folder)])
     with sandbox.Judge(LIMITS) as judge:
         program = "import inmytmp\nprint(inmytmp.x)"
         assert verdict(judge, program, types.Tests("stdin", ("",), ("7",))) == "pass"
