@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import site
 import socket
 import subprocess
 import sys
@@ -254,6 +255,9 @@ def _spawn(descriptor: int, settings: str) -> subprocess.Popen[bytes]:
 
 
 def _packages() -> list[str]:
-    """Where this interpreter's packages are: programs may read and import them."""
+    """Where this interpreter's packages are: programs may read and import them.
+
+    A system's own may lie apart from where it would install more, as Debian's do.
+    """
     paths = sysconfig.get_paths()
-    return sorted({paths["purelib"], paths["platlib"]})
+    return sorted({paths["purelib"], paths["platlib"], *site.getsitepackages()})

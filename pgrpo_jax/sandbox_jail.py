@@ -53,6 +53,30 @@ def drop_capabilities() -> None:
     _checked("capset", _libc.capset(header, bytes(24)))
 
 
+# --- what `os` and `fcntl` lack where the interpreter was built on an older C library than it runs
+# on, as portable builds are
+
+_PIDFD_OPEN = 434
+_CLOSE_ON_EXEC, _ALLOW_SEALING = 1, 2  # of memfd_create(2)
+_ADD_SEALS, _ALL_SEALS = 1033, 0b1111  # against seals, shrinking, growing and writing: fcntl(2)
+
+
+def handle_of(pid: int) -> int:
+    """A descriptor that becomes readable when the process ends (pidfd_open(2))."""
+    return _checked("pidfd_open", _libc.syscall(_PIDFD_OPEN, pid, 0))
+
+
+def memory_file() -> int:
+    """A descriptor of an empty file in memory (memfd_create(2))."""
+    flags = ctypes.c_uint(_CLOSE_ON_EXEC | _ALLOW_SEALING)
+    return _checked("memfd_create", _libc.memfd_create(b"", flags))
+
+
+def seal(descriptor: int) -> None:
+    """Nobody can change the file in memory from now on."""
+    fcntl.fcntl(descriptor, _ADD_SEALS, _ALL_SEALS)
+
+
 # --- limits
 
 
@@ -161,10 +185,10 @@ _REFUSED = {  # what programs try: names for reports; all that is in no table is
     "init_module": (175, 105), "finit_module": (313, 273), "splice": (275, 76), "tee": (276, 77),
     "vmsplice": (278, 75), "memfd_secret": (447, 447), "adjtimex": (159, 171),
 }
-_SECCOMP = (317, 277)
-_CLONE, _CLONE3, _PRCTL, _PRLIMIT = (56, 220), (435, 435), (157, 167), (302, 261)
-_SIGNALS = ((62, 129), (200, 130), (234, 131))  # kill, tkill, tgkill
 # fmt: on
+_SECCOMP, _CLONE3 = (317, 277), (435, 435)
+_CLONE, _PRCTL, _PRLIMIT = (_REFUSED[name] for name in ("clone", "prctl", "prlimit64"))
+_SIGNALS = tuple(_REFUSED[name] for name in ("kill", "tkill", "tgkill"))
 _AUDIT = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _ALLOW, _ERRNO, _KILL, _ASK = 0x7FFF0000, 0x00050000, 0x80000000, 0x7FC00000
 _EPERM, _ENOSYS, _ENOTSUP = 1, 38, 95

@@ -33,7 +33,7 @@ PROBES = {
     "become root": "os.setuid(0); open('/etc/shadow')",
     "use io_uring": "call('syscall', 425, 1, ctypes.create_string_buffer(120))",
     "keep memory after its end": "call('shmget', 0, 4096, 0o1600)",
-    "hide memory in a descriptor": "os.memfd_create('x')",
+    "hide memory in a descriptor": "call('memfd_create', b'x', 0)",
     "survive the death of its parent": "call('prctl', 1, 0, 0, 0, 0)",
     "change another process's limits": "import resource; "
     "resource.prlimit(os.getppid(), resource.RLIMIT_CORE)",

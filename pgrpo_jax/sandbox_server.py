@@ -22,7 +22,7 @@ import time
 import traceback
 from typing import Any
 
-from pgrpo_jax import sandbox_pool, sandbox_slot, sandbox_wire, sandbox_work
+from pgrpo_jax import sandbox_jail, sandbox_pool, sandbox_slot, sandbox_wire, sandbox_work
 
 CACHE_SIZE = 1 << 13  # results; a group repeats its programs within a step
 STACK_MB = 512
@@ -84,7 +84,7 @@ class _Server:
         self._trainer.setblocking(False)
         self._loop.watch(self._trainer.fileno(), self._hear)
         with contextlib.suppress(OSError):  # a child of the trainer may hold our socket open
-            self._loop.watch(os.pidfd_open(os.getppid()), self._stop)
+            self._loop.watch(sandbox_jail.handle_of(os.getppid()), self._stop)
         while self._open:
             self._hand_out()
             self._loop.turn(self._pool.next_look() - time.monotonic())

@@ -7,7 +7,6 @@ only.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -289,7 +288,6 @@ class Slot:
             [sys.executable, *_PYTHON, package_root, json.dumps(settings)],
             _ENVIRONMENT,
             file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), sandbox_wire.CONTROL)],
-            setsid=True,
         )
         theirs.close()
         loop.watch(self._control.fileno(), self._hear)
@@ -432,11 +430,10 @@ class Channel:
 
 def sealed_file(data: bytes) -> int:
     """A descriptor of a file in memory that nobody can change."""
-    descriptor = os.memfd_create("", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor = sandbox_jail.memory_file()
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
-    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    sandbox_jail.seal(descriptor)
     return descriptor

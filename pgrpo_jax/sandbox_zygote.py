@@ -22,6 +22,7 @@ import fcntl
 import gc
 import importlib
 import json
+import locale
 import os
 import posix
 import random
@@ -46,6 +47,7 @@ textwrap threading time traceback types typing
 def main(arguments: list[str]) -> None:
     """`arguments` is one JSON object: tier, scratch, scratch_mb, readable, packages, preload."""
     settings = json.loads(arguments[0])
+    os.setsid()  # here, since posix_spawn cannot do it everywhere
     control = socket.socket(fileno=sandbox_wire.CONTROL)
     try:
         said = _prepare(settings)
@@ -71,6 +73,7 @@ def _prepare(settings: dict) -> str:
             sandbox_jail.become_nobody()
     sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
     _set_thread_stack()
+    _name_a_locale_that_is_here()
     sys.path[:] = paths
     for name in _MODULES + settings["preload"]:
         importlib.import_module(name)
@@ -109,7 +112,7 @@ def _make_streams() -> None:
     """sys.stdin and the like for the children, on descriptors of the kind that they will have."""
     kept = [os.dup(descriptor) for descriptor in range(3)]
     pipe = os.pipe()
-    for descriptor, like in enumerate((os.memfd_create(""), pipe[1], pipe[1])):
+    for descriptor, like in enumerate((sandbox_jail.memory_file(), pipe[1], pipe[1])):
         os.dup2(like, descriptor)
     sandbox_run.open_streams()
     for descriptor, before in enumerate(kept):
@@ -120,12 +123,25 @@ def _make_streams() -> None:
 
 
 def _stay_outside_while_it_lives() -> None:
-    """Only a child is in the new process namespace: its process 1. The parent waits for its end."""
+    """Only a child is in the new process namespace: its process 1. The parent waits for its end.
+
+    A parent that is killed takes the child along from its first moment: a slow start would else go
+    on with nobody to tell. `_prepare` asks again, since a change of user forgets it.
+    """
+    ready, told = os.pipe()
     child = os.fork()
     if child:
         os.close(sandbox_wire.CONTROL)
+        os.close(told)
         os.waitpid(child, 0)
         os._exit(0)
+    os.close(ready)
+    sandbox_jail.prctl(sandbox_jail.PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.write(told, b"\0")
+    except BrokenPipeError:  # the parent was killed before
+        os._exit(1)
+    os.close(told)
 
 
 def _set_thread_stack() -> None:
@@ -135,6 +151,15 @@ def _set_thread_stack() -> None:
         libc.pthread_attr_init(attributes)
         libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(THREAD_STACK_MB << 20))
         libc.pthread_setattr_default_np(attributes)
+
+
+def _name_a_locale_that_is_here() -> None:
+    """Some old or bare systems have no C.UTF-8; programs that ask for the environment's locale
+    would all end there. Text is UTF-8 in any: the interpreter is told so apart."""
+    try:
+        locale.setlocale(locale.LC_CTYPE, "")  # as the interpreter did at its start
+    except locale.Error:
+        os.environ["LC_ALL"] = "C"
 
 
 class _Slot:
@@ -191,7 +216,7 @@ class _Slot:
             os.close(descriptor)
         if pid < 0:
             return self._report(number, -1, 0.0, 0)
-        handle = os.pidfd_open(pid)
+        handle = sandbox_jail.handle_of(pid)
         self._runs[handle] = pid, number
         self._poll.register(handle, select.POLLIN)
 

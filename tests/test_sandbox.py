@@ -5,9 +5,11 @@ import asyncio
 import dataclasses
 import os
 import pathlib
+import platform
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,9 @@ import pytest
 
 from pgrpo_jax import config, sandbox, types
 from pgrpo_jax import sandbox_jail as jail
+from pgrpo_jax import sandbox_slot as slots
 
+ROOT = str(pathlib.Path(sandbox.__file__).parent.parent)
 LIMITS = config.JudgeConfig(workers=2, timeout_s=1.0, memory_mb=256, output_kb=64)
 SUM = types.Tests("stdin", ("3 4\n", "10 -4\n"), ("7\n", "6\n"))
 ADD = types.Tests("call", ((3, 4), (10, -4)), (7, 6), function="add")
@@ -55,6 +59,10 @@ def processes_of_the_judge() -> list[str]:
 
 def children_of(pid: int) -> list[int]:
     return [int(p) for p in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def processes_below(pid: int) -> list[int]:
+    return [p for child in children_of(pid) for p in (child, *processes_below(child))]
 
 
 def is_server(pid: int) -> bool:
@@ -163,10 +171,32 @@ def test_killing_the_trainer_leaves_nothing_behind(judge):
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         left = set(processes_of_the_judge()) - processes_before
+        ours = processes_below(os.getpid())  # the fixture's slots may be starting all the while
+        left = {line for line in left if int(line.split()[0]) not in ours}
         if not left and scratch_folders() <= folders_before:
             return
         time.sleep(0.05)
     raise AssertionError(f"left behind: {left} {scratch_folders() - folders_before}")
+
+
+SLOW = "import time, pgrpo_jax.sandbox_jail as j; j.build_root = lambda *_: time.sleep(600); "
+
+
+def test_a_slot_that_is_closed_while_it_starts_leaves_nothing_behind(judge, monkeypatch):
+    if judge.tier != "namespaces":
+        pytest.skip("its slots are one process")
+    boot = slots._PYTHON[-1].replace("sandbox_zygote.main", SLOW + "sandbox_zygote.main")
+    monkeypatch.setattr(slots, "_PYTHON", (*slots._PYTHON[:-1], boot))
+    settings = {"tier": judge.tier, "scratch": "/tmp", "packages": [], "hidden": [], "readable": []}
+    slot = slots.Slot(slots.Loop(), settings | {"scratch_mb": 1, "preload": []}, ROOT)
+    deadline = time.monotonic() + 20
+    while not (inner := children_of(slot._pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    slot.close()
+    while any(os.path.exists(f"/proc/{pid}") for pid in inner):
+        assert time.monotonic() < deadline, "process 1 of the slot's namespace lives on"
+        time.sleep(0.01)
 
 
 def test_a_judge_whose_slots_are_killed_still_gives_right_verdicts(judge):
@@ -288,7 +318,7 @@ def test_packages_in_the_machines_temporary_folder_do_not_break_the_jail(monkeyp
     folder = pathlib.Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     (folder / "inmytmp.py").write_text("x = 7")
-    monkeypatch.setattr(sandbox, "_packages", lambda: [str(folder)])
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(folder)])
     with sandbox.Judge(LIMITS) as judge:
         program = "import inmytmp\nprint(inmytmp.x)"
         assert verdict(judge, program, types.Tests("stdin", ("",), ("7",))) == "pass"
@@ -317,6 +347,21 @@ def test_system_calls_have_the_numbers_of_the_kernels_headers(column):
     assert jail._PIVOT[("x86_64", "aarch64")[column]] == there["pivot_root"]
 
 
+MACHINE_CODE = """
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20; int 0x80; ret
+print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="no 32-bit calls from 64-bit code")
+def test_a_call_by_the_numbers_of_32_bit_programs_ends_the_program(judge):
+    result = judge.submit(MACHINE_CODE, types.Tests("stdin", ("",), ("",))).result()
+    assert result.verdict == "error"
+    assert re.search(r"signal (31|11)\b", result.failure)  # 11 where the kernel has no such calls
+
+
 def test_below_both_tiers_nothing_is_judged_unless_the_user_insists(monkeypatch):
     monkeypatch.setattr(sandbox, "_BOOT", NO_JAIL + sandbox._BOOT)
     with pytest.raises(RuntimeError, match="no way to hold programs.*namespaces: .*landlock: "):
@@ -327,6 +372,50 @@ def test_below_both_tiers_nothing_is_judged_unless_the_user_insists(monkeypatch)
         result = judge.submit(PRINTS, SUM).result()
         assert (result.verdict, result.tier) == ("pass", "unsafe")
 
+
+def test_an_interpreter_built_on_an_old_c_library_judges_as_any_other(judge, monkeypatch):
+    monkeypatch.setattr(sandbox, "_BOOT", OLD_LIBRARY + sandbox._BOOT)
+    with sandbox.Judge(dataclasses.replace(LIMITS, tier=judge.tier)) as old:
+        pairs = [(PRINTS, SUM), (ADDS, ADD), (ADDS, ASSERTS), ("print(7)", SUM)]
+        assert [r.verdict for r in old.batch(pairs)] == ["pass", "pass", "pass", "fail"]
+
+
+LOCALE = """
+import locale
+locale.setlocale(locale.LC_ALL, "")
+with open("/dev/stdout", "w") as file:  # by the encoding that a program gets without asking
+    print("\u00fc", locale.format_string("%d", 1000000, grouping=True), file=file)
+"""
+
+
+def test_where_the_machine_lacks_the_locale_programs_may_ask_for_theirs(judge, monkeypatch):
+    server = "from pgrpo_jax import sandbox_slot as s; s._ENVIRONMENT['LC_ALL'] = 'no_WHERE.UTF-8'"
+    boot = f"import sys; sys.path.append(sys.argv[1]); {server}; {sandbox._BOOT}"
+    monkeypatch.setattr(sandbox, "_BOOT", boot)
+    with sandbox.Judge(dataclasses.replace(LIMITS, tier=judge.tier)) as bare:
+        tests = types.Tests("stdin", ("",), ("\u00fc 1000000",))
+        assert verdict(bare, LOCALE, tests) == "pass"
+
+
+# What portable builds of CPython, those that uv installs for one, leave out in server and slots.
+LACKS = """
+import fcntl, os, sys
+for name in [n for n in vars(os) if n.startswith(("memfd", "MFD", "pidfd"))]:
+    delattr(os, name)
+for name in [n for n in vars(fcntl) if n.endswith("_SEALS") or n.startswith("F_SEAL")]:
+    delattr(fcntl, name)
+"""
+OLD_LIBRARY = f"""{LACKS}
+sys.path.append(sys.argv[1])
+from pgrpo_jax import sandbox_slot as slot
+slot._PYTHON = *slot._PYTHON[:-1], {LACKS!r} + slot._PYTHON[-1]
+spawn = os.posix_spawn
+def posix_spawn(*arguments, **more):
+    if "setsid" in more:
+        raise NotImplementedError("posix_spawn: setsid unavailable on this platform")
+    return spawn(*arguments, **more)
+os.posix_spawn = posix_spawn
+"""
 
 # The server as on a machine where both tiers fail: its slots ask for jails that there are not.
 NO_JAIL = """
