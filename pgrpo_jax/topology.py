@@ -84,6 +84,7 @@ def compiler() -> Iterator[None]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # no device could load what it keeps
     path = pathlib.Path(tempfile.gettempdir()) / "pgrpo_jax_libtpu.lock"
     with path.open("a") as file:
         try:

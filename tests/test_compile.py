@@ -1,5 +1,6 @@
 """The compile command: what it counts is right, and what has to fit a slice fits."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -73,7 +74,24 @@ def test_memory_counts_slices_and_not_what_they_are_cut_from():
 
 def test_a_loop_that_ends_on_the_device_takes_the_trips_it_is_told():
     module = hlo.parse(LOOP.replace("direction=LT", "direction=NE"))
-    assert hlo.collective_bytes(module, 7)["all-gather"] == 7 * 2048 * 3 / 4
+    assert hlo.collective_bytes(module, hlo.Runs(7))["all-gather"] == 7 * 2048 * 3 / 4
+
+
+def test_a_conditional_moves_what_the_branch_moves_that_it_takes():
+    # 6 steps, each of which multiplies by a matrix of 64 KB or writes 16 KB of zeros.
+    def step(x_BD, some):
+        return jax.lax.cond(some, lambda x: x @ w_DD, jnp.zeros_like, x_BD), None
+
+    w_DD, x_BD = jnp.ones((128, 128)), jax.ShapeDtypeStruct((32, 128), jnp.float32)
+    flags_L = jax.ShapeDtypeStruct((6,), bool)
+    program = jax.jit(lambda x, flags: jax.lax.scan(step, x, flags)[0])
+    module = hlo.parse(program.lower(x_BD, flags_L).compile().as_text())
+    all_, none, third = (
+        hlo.memory_bytes(module, hlo.Runs(taken=taken)) for taken in (1.0, 0.0, 1 / 3)
+    )
+    # Both write 16 KB; one reads w and x for it, the other a single zero.
+    assert all_ - none == 6 * ((64 + 16) * 2**10 - 4)
+    assert third == pytest.approx(none + (all_ - none) / 3)
 
 
 def test_a_text_without_entry_is_refused():
@@ -118,18 +136,23 @@ def test_the_formula_counts_what_the_compiler_counts_where_it_can():
     analysis = jax.jit(logits).lower(params, tokens, tokens, tokens).compile().cost_analysis()
     # The reference computes the half above the diagonal too; norms and the like are not in it.
     half = roofline.attention(ARCH, 4 * 32 * 31 / 2)
-    counted = roofline.forward(ARCH, 4, 32, logits=True).model + half
+    counted = roofline.forward(ARCH, 4, 32, predicted=32).model + half
     assert counted == pytest.approx(analysis["flops"], rel=0.05) and counted < analysis["flops"]
 
 
 def test_training_is_three_times_forward_and_remat_one_more_of_the_layers():
-    forward = roofline.forward(ARCH, 2, 16, logits=False).model
+    forward = roofline.forward(ARCH, 2, 16, predicted=0).model
     none, full = (
-        roofline.training(ARCH, c.Compute(remat=remat), 2, 16, logits=False)
+        roofline.training(ARCH, c.Compute(remat=remat), 2, 16, predicted=0)
         for remat in ("none", "full")
     )
     assert (none.model, none.executed) == (3 * forward, 3 * forward)
     assert (full.model, full.executed) == (3 * forward, 4 * forward)
+
+
+def test_tokens_of_prompts_do_not_meet_the_vocabulary():
+    none, half, every = (roofline.forward(ARCH, 2, 16, predicted).model for predicted in (0, 8, 16))
+    assert half - none == every - half == 2.0 * 2 * 8 * 128 * 256
 
 
 def test_the_slowest_resource_bounds_a_program():
@@ -180,6 +203,7 @@ NAMES += ["reference logprobs", "update"]
 @pytest.fixture
 def slice_of_cpus(monkeypatch):
     monkeypatch.setattr(topology, "devices", lambda name: jax.devices())
+    monkeypatch.setattr(topology, "compiler", contextlib.nullcontext)  # nor its turn at libtpu
 
 
 def run(capsys, tmp_path, cfg: c.Config, *argv: str) -> tuple[int, str, str]:
@@ -252,7 +276,7 @@ def test_the_search_ends_with_settings_that_fit(slice_of_cpus, capsys, tmp_path,
     assert status == 1 and "nothing fits" in out
 
 
-def test_a_mistake_is_a_sentence_and_status_2(capsys, tmp_path):
+def test_a_mistake_is_a_sentence_and_status_2(slice_of_cpus, capsys, tmp_path):
     status, _, error = run(capsys, tmp_path, small(), "--topology", "v5p")
     assert status == 2 and "such as v5p:4x4x4" in error
 
