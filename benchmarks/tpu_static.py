@@ -370,8 +370,7 @@ def main() -> None:
     parser.add_argument("builds", type=json.loads)
     parser.add_argument("folder", type=pathlib.Path)
     arguments = parser.parse_args()
-    with topology.compiler():
-        _compile(CHIPS[arguments.chip], arguments.builds, arguments.folder)
+    _compile(CHIPS[arguments.chip], arguments.builds, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,14 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = (
     *("parameter", "constant", "iota", "partition-id", "replica-id", "after-all", "opt-barrier"),
     *("tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-    *("async-start", "async-update", "async-done", "copy-done"),
+    "async-start",
 )
+ENDS = ("-done", "-update")  # of what was counted at its start
+CUTS = ("dynamic-slice", "slice", "gather")  # they read of their first operand what they return
+PATCHES = {
+    "dynamic-update-slice": 1,
+    "scatter": 2,
+}  # in place: where the operand stands that is new
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # of others the number in the name tells
 
 
@@ -111,13 +117,36 @@ def collective_bytes(module: Module, runs: Runs = Runs()) -> dict[str, float]:
 
 def memory_bytes(module: Module, runs: Runs = Runs()) -> float:
     """Bytes that one execution reads from and writes to a device's main memory."""
+    return sum(memory_bytes_by_kind(module, runs).values())
+
+
+def memory_bytes_by_kind(module: Module, runs: Runs = Runs()) -> dict[str, float]:
+    """The same by what moves them: "product" for instructions with a matrix product, "kernel",
+    "collective", and "other": element by element, sums, copies."""
 
     def moved(name: str, fused: bool) -> dict[str, float]:
-        computation = module.computations[name]
-        steps = () if fused else (i for i in computation.values() if i.opcode not in FREE)
-        return {"": sum(_traffic(module, computation, step) for step in steps)}
+        computation, total = module.computations[name], dict.fromkeys(_KINDS, 0.0)
+        for step in () if fused else computation.values():
+            if step.opcode not in FREE and not step.opcode.endswith(ENDS):
+                total[_kind(module, step)] += _traffic(module, computation, step)
+        return total
 
-    return _total(module, module.entry, moved, runs)[""]
+    return _total(module, module.entry, moved, runs)
+
+
+_KINDS = ("product", "kernel", "collective", "other")
+
+
+def _kind(module: Module, instruction: Instruction) -> str:
+    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        return "collective"
+    if instruction.opcode == "custom-call":
+        return "kernel"
+    if instruction.opcode in ("dot", "convolution"):
+        return "product"
+    inner = module.computations.get(instruction.called("calls"), {}).values()
+    kinds = {_kind(module, i) for i in inner} - {"other"}
+    return next((kind for kind in _KINDS if kind in kinds), "other")
 
 
 # --- how often
@@ -152,9 +181,7 @@ def _total(
             add(branches[0], 1 - runs.taken)
         elif instruction.opcode == "call":
             add(of(instruction.called("to_apply")), 1)
-        elif not instruction.opcode.endswith(("-done", "-update")) and (
-            callee := instruction.called("calls")
-        ):
+        elif not instruction.opcode.endswith(ENDS) and (callee := instruction.called("calls")):
             add(of(callee, True), 1)
     return dict(total)
 
@@ -215,13 +242,19 @@ def _group(attributes: str) -> int:
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> float:
     operands = [computation[name] for name in instruction.operands if name in computation]
-    if instruction.opcode == "dynamic-slice":
+    if instruction.opcode in CUTS:
         return 2 * instruction.hbm_bytes
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * operands[1].hbm_bytes
+    if instruction.opcode in PATCHES:
+        return 2 * operands[PATCHES[instruction.opcode]].hbm_bytes
+    if instruction.opcode == "slice-start":  # ((what is cut), the slice, a semaphore)
+        _, cut, *_ = instruction.buffers
+        return cut.bytes + (cut.bytes if cut.hbm else 0.0)
     if instruction.opcode == "copy-start":  # (the copy, what is copied, a semaphore)
         copy = instruction.buffers[0]
         return operands[0].hbm_bytes + (copy.bytes if copy.hbm else 0.0)
+    if instruction.opcode.endswith("-start"):  # (what is sent, what comes)
+        written = max((buffer.bytes for buffer in instruction.buffers if buffer.hbm), default=0.0)
+        return written + sum(operand.hbm_bytes for operand in operands)
     fused = module.computations.get(instruction.called("calls"))
     if instruction.opcode != "fusion" or fused is None:
         written = instruction.hbm_bytes - _updated_in_place(instruction)
@@ -252,30 +285,42 @@ def _read(module: Module, fused: Computation, number: int) -> float:
 
 
 def _read_of(module: Module, fused: Computation, name: str) -> float:
+    if fused[name].root:
+        return math.inf  # all of it
     total = 0.0
     for user in fused.values():
         if name not in user.operands:
             continue
         inner = module.computations.get(user.called("calls"))
-        if user.opcode == "dynamic-slice":
+        if user.opcode in CUTS and user.operands[0] == name:
             total += user.bytes
         elif user.opcode == "bitcast":
             total += _read_of(module, fused, user.name)
         elif user.opcode == "fusion" and inner is not None:
-            total += _read(module, inner, user.operands.index(name))
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
-            return math.inf  # all of it
+            number = str(user.operands.index(name))
+            if _returned(inner).arguments == number and _returned(inner).opcode == "parameter":
+                total += _read_of(module, fused, user.name)
+            else:
+                total += _read(module, inner, int(number))
+        elif user.opcode not in PATCHES or user.operands[0] != name:
+            return math.inf
     return total
 
 
 def _written(fused: Computation) -> float:
-    """Bytes that a fusion writes: of a slice that is updated in place, only the slice."""
+    """Bytes that a fusion writes: of what it updates in place, only what is new."""
+    root = _returned(fused)
+    if root.opcode not in PATCHES:
+        return math.inf
+    return fused[root.operands[PATCHES[root.opcode]]].bytes
+
+
+def _returned(fused: Computation) -> Instruction:
+    """What a fusion returns, maybe in another shape."""
     root = next(i for i in fused.values() if i.root)
     while root.opcode == "bitcast" and root.operands[0] in fused:
         root = fused[root.operands[0]]
-    if root.opcode != "dynamic-update-slice":
-        return math.inf
-    return fused[root.operands[1]].bytes
+    return root
 
 
 # --- lines

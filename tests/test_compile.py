@@ -1,6 +1,5 @@
 """The compile command: what it counts is right, and what has to fit a slice fits."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -12,7 +11,18 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import fits
-from pgrpo_jax import cli, compile, decoding, hlo, programs, roofline, sharding, topology
+from pgrpo_jax import (
+    cli,
+    compile,
+    decoding,
+    footprint,
+    hlo,
+    programs,
+    reshard,
+    roofline,
+    sharding,
+    topology,
+)
 from pgrpo_jax import config as c
 from pgrpo_jax.models import decoder
 
@@ -70,6 +80,57 @@ def test_memory_counts_slices_and_not_what_they_are_cut_from():
     # In the loop: a slice of 8 x 16 floats and its place are read, its copy on the chip is free;
     # 8 x 64 are written. After it: 8 x 64 are read and written.
     assert hlo.memory_bytes(hlo.parse(LOOP)) == 5 * (8 * 16 * 4 + 4 + 2048) + 2 * 2048
+
+
+PIECES = """HloModule pieces
+
+%turn (table: f32[64,16]) -> f32[16,64] {
+  %table = f32[64,16]{1,0} parameter(0)
+  ROOT %turned = f32[16,64]{0,1} bitcast(%table)
+}
+
+%rows (table: f32[64,16], at: s32[4,1]) -> f32[4,16] {
+  %table.1 = f32[64,16]{1,0} parameter(0)
+  %at = s32[4,1]{1,0} parameter(1)
+  ROOT %found = f32[4,16]{1,0} gather(%table.1, %at), offset_dims={1}, slice_sizes={1,16}
+}
+
+%product (x: f32[4,16], table: f32[64,16]) -> f32[4,64] {
+  %x = f32[4,16]{1,0} parameter(0)
+  %table.2 = f32[64,16]{1,0} parameter(1)
+  %other = f32[16,64]{0,1} fusion(%table.2), kind=kLoop, calls=%turn
+  ROOT %y = f32[4,64]{1,0} convolution(%x, %other), dim_labels=bf_io->bf
+}
+
+ENTRY %main (table: f32[64,16], at: s32[4,1]) -> f32[4,64] {
+  %table.3 = f32[64,16]{1,0} parameter(0)
+  %at.1 = s32[4,1]{1,0} parameter(1)
+  %x.1 = f32[4,16]{1,0} fusion(%table.3, %at.1), kind=kLoop, calls=%rows
+  %near = ((f32[64,16]{1,0}), f32[8,16]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%table.3), slice={}
+  %there = f32[8,16]{1,0:S(1)} slice-done(%near)
+  ROOT %y.1 = f32[4,64]{1,0} fusion(%x.1, %table.3), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_pieces_count_as_pieces_and_what_is_only_seen_in_another_shape_as_all_of_it():
+    # Four rows of 64 bytes are read, with their 4 numbers, and written; they and the table are read
+    # for the product, which is 4 x 64 floats; a slice of 8 rows is read, to where reading is free.
+    moved = hlo.memory_bytes_by_kind(hlo.parse(PIECES))
+    assert moved["product"] == 4 * (4 * 16 + 64 * 16 + 4 * 64)
+    assert moved["other"] == 4 * (4 * 16 + 4 + 4 * 16) + 4 * 8 * 16
+    assert moved["kernel"] == moved["collective"] == 0
+
+
+def test_what_a_kernel_updates_in_place_counts_once():
+    module = hlo.parse("""ENTRY %main (pages: f32[64,128], new: f32[8,128]) -> f32[64,128] {
+  %pages = f32[64,128]{1,0} parameter(0)
+  %new = f32[8,128]{1,0} parameter(1)
+  %call = (f32[8,128]{1,0}, f32[64,128]{1,0}) custom-call(%new, %pages), custom_call_target="tpu", output_to_operand_aliasing={{1}: (1, {})}
+  ROOT %pages.1 = f32[64,128]{1,0} get-tuple-element(%call), index=1
+}""")  # noqa: E501
+    # Read: both operands. Written: the first result; of the second nobody knows how much.
+    assert hlo.memory_bytes(module) == (64 * 128 + 2 * 8 * 128) * 4
 
 
 def test_a_loop_that_ends_on_the_device_takes_the_trips_it_is_told():
@@ -203,7 +264,6 @@ NAMES += ["reference logprobs", "update"]
 @pytest.fixture
 def slice_of_cpus(monkeypatch):
     monkeypatch.setattr(topology, "devices", lambda name: jax.devices())
-    monkeypatch.setattr(topology, "compiler", contextlib.nullcontext)  # nor its turn at libtpu
 
 
 def run(capsys, tmp_path, cfg: c.Config, *argv: str) -> tuple[int, str, str]:
@@ -300,3 +360,19 @@ def test_the_compiler_refuses_what_is_too_large_and_the_command_says_so():
     command += ["--policy.architecture.width", "8192", "--policy.architecture.layers", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "update does not fit" in done.stdout
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("case", [fits.CASES[0], fits.CASES[-1]], ids=lambda case: case[1])
+def test_the_compiler_reshards_with_no_more_than_twice_the_bytes_that_must_come(case):
+    pytest.importorskip("libtpu")
+    name, slice_, _ = case
+    cfg = programs.on_tpu(cli.load(name))
+    arch, _ = programs.architectures(cfg)
+    chip, devices = topology.chip(slice_), topology.devices(slice_)
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    found = programs.programs(cfg, mesh, chip.hbm_bytes)
+    program = next(p for p in found if p.name == "reshard for rollout")
+    moved = footprint.measure(program, chip, len(devices)).collectives
+    least = reshard.received_bytes(arch, cfg.policy.compute, mesh)
+    assert least > 0 and sum(moved.values()) <= 2 * least

@@ -125,18 +125,17 @@ def test_the_tpu_decodes_with_the_kernel_in_place_and_sends_no_pages_around(slic
     )
     model = ModelConfig(architecture=arch, compute=Compute(dtype="bfloat16", attention="pallas"))
     settings = RolloutConfig(prompt_buckets=(1024,), batch_size=64)
-    with topology.compiler():
-        devices = topology.devices(slice_)
-        cfg = Config(
-            policy=model,
-            rollout=settings,
-            mesh=MeshConfig(tensor=min(len(devices), 4)),
-            update=UpdateConfig(steps=1, micro_batch_size=8),
-        )
-        mesh = sharding.make_mesh(cfg.mesh, devices)
-        found = programs.programs(cfg, mesh, topology.chip(slice_).hbm_bytes)
-        decode = next(program for program in found if program.name == "decode")
-        compiled = decode.lower().compile()
+    devices = topology.devices(slice_)
+    cfg = Config(
+        policy=model,
+        rollout=settings,
+        mesh=MeshConfig(tensor=min(len(devices), 4)),
+        update=UpdateConfig(steps=1, micro_batch_size=8),
+    )
+    mesh = sharding.make_mesh(cfg.mesh, devices)
+    found = programs.programs(cfg, mesh, topology.chip(slice_).hbm_bytes)
+    decode = next(program for program in found if program.name == "decode")
+    compiled = decode.lower().compile()
     text = compiled.as_text()
     for kernel in ("paged_attend", "paged_attend_write"):  # one of each a layer
         assert len(re.findall(rf'kernel_name = "{kernel}"|"{kernel}"', text)) >= arch.layers

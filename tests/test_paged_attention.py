@@ -242,17 +242,17 @@ def decode(q, k, v, pages, layers, table, lengths):
 @pytest.mark.tpu
 @pytest.mark.parametrize("chip", tpu_topology.SLICES)
 def test_it_compiles_for_the_chip_and_never_copies_the_cache(chip):
-    with tpu_topology.one_device(chip) as place:
-        for N, K, H, S in MODELS:
-            q, k, v, pages, layer, *rest = shapes(64, N, K, H, S, 2048 // S)
-            tpu_topology.compile_on(place, paged_attention.attend, q, pages, layer, *rest)
-            layers = jax.ShapeDtypeStruct((4,), jnp.int32)
-            arguments = [
-                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-                for x in (q, k, v, pages, layers, *rest)
-            ]
-            compiled = jax.jit(decode, donate_argnums=3).lower(*arguments).compile()
-            memory = compiled.memory_analysis()
-            cache_bytes = pages.size * pages.dtype.itemsize
-            assert memory.alias_size_in_bytes >= cache_bytes
-            assert memory.temp_size_in_bytes < cache_bytes / 8
+    place = tpu_topology.one_device(chip)
+    for N, K, H, S in MODELS:
+        q, k, v, pages, layer, *rest = shapes(64, N, K, H, S, 2048 // S)
+        tpu_topology.compile_on(place, paged_attention.attend, q, pages, layer, *rest)
+        layers = jax.ShapeDtypeStruct((4,), jnp.int32)
+        arguments = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            for x in (q, k, v, pages, layers, *rest)
+        ]
+        compiled = jax.jit(decode, donate_argnums=3).lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        cache_bytes = pages.size * pages.dtype.itemsize
+        assert memory.alias_size_in_bytes >= cache_bytes
+        assert memory.temp_size_in_bytes < cache_bytes / 8

@@ -1,8 +1,5 @@
 """The TPU compiler for tests of single kernels."""
 
-import contextlib
-from collections.abc import Iterator
-
 import jax
 import numpy as np
 import pytest
@@ -13,14 +10,12 @@ from pgrpo_jax import topology
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1"}
 
 
-@contextlib.contextmanager
-def one_device(chip: str) -> Iterator[NamedSharding]:
+def one_device(chip: str) -> NamedSharding:
     """A sharding on one device of a slice that is not there; skips without libtpu."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs the `tpu` extra")
-    with topology.compiler():
-        devices = topology.devices(SLICES[chip])
-        mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
-        yield NamedSharding(mesh, PartitionSpec())
+    devices = topology.devices(SLICES[chip])
+    mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def lower(function, *shapes: jax.ShapeDtypeStruct):
