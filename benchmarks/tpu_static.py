@@ -24,7 +24,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from pgrpo_jax import topology
+from pgrpo_jax import sharding, topology
+from pgrpo_jax.config import MeshConfig
 
 MATRIX_UNITS = 4  # a TensorCore
 DELAY_SLOTS = 4  # bundles after a branch that still run
@@ -341,11 +342,9 @@ def compile_cases(chip: Chip, cases: Sequence[Case]) -> Iterator[Compiled]:
 def _compile(chip: Chip, builds: list[tuple[str, dict[str, Any]]], folder: pathlib.Path) -> None:
     """Compiles each; prints a line of JSON for each, with the folder of what was written down."""
     import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    mesh = Mesh(np.array(topology.devices(chip.slice_name)[:1]), ("one",))
-    place = NamedSharding(mesh, PartitionSpec())
+    mesh = sharding.make_mesh(MeshConfig(), topology.devices(chip.slice_name)[:1])
+    place = sharding.replicated(mesh)
     for number, (build, options) in enumerate(builds):
         module, name = build.split(":")
         error, hbm_bytes = "", 0.0

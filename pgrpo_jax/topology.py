@@ -69,8 +69,7 @@ def devices(name: str) -> list[jax.Device]:
             "`pip install -e '.[tpu]'` (it needs no TPU)"
         )
     # libtpu would look for a TPU in this machine, and refuse a second process that loads it.
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
+    os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     if name.endswith(":1x1"):  # one chip, as Colab lends it, is not a host of four

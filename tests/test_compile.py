@@ -346,6 +346,7 @@ def test_a_mistake_is_a_sentence_and_status_2(slice_of_cpus, capsys, tmp_path):
 
 @pytest.mark.parametrize("case", fits.CASES, ids=lambda case: "-".join(case[:2]))
 @pytest.mark.tpu
+@pytest.mark.slow
 def test_a_configuration_fits_the_slice_it_is_meant_for(case):
     pytest.importorskip("libtpu")
     rows = fits.compiled(*case)
