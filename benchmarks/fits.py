@@ -54,7 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slices", nargs="+", choices=[case[1] for case in CASES])
     chosen = parser.parse_args().slices
-    fits, programs = True, []
+    fits = True
+    programs: list[str] = []
     for case in CASES:
         if chosen and case[1] not in chosen:
             continue

@@ -133,7 +133,7 @@ def layer_rows(chip: Chip) -> Iterator[str]:
         "forward": roofline.forward(arch, B, T, predicted=0).executed,
         "forward and backward": roofline.training(arch, compute, B, T, predicted=0).executed,
     }
-    programs = {
+    programs: dict[str, tuple[Callable, tuple[Any, ...]]] = {
         "forward": (forward, (params, ids, ids, ids)),
         "forward and backward": (gradient, (params, x, ids, ids, ids)),
     }
