@@ -9,6 +9,7 @@ takes these for more query heads of one slot.
 Axes as in `cache`; I = 2H, and P prompts.
 """
 
+import dataclasses
 import math
 
 import flax.struct
@@ -20,12 +21,14 @@ from jax.sharding import PartitionSpec as Spec
 from pgrpo_jax import sharding
 from pgrpo_jax.config import Architecture
 from pgrpo_jax.kernels import paged_attention
+from pgrpo_jax.kernels.paged_kernel import BLOCKS, Blocks
 from pgrpo_jax.models import cache
 from pgrpo_jax.models.cache import Cache, grown
 
 __all__ = ["HEAD_DIM", "empty", "grown", "over_pages", "read_pages", "shardings", "write_pages"]
 
 HEAD_DIM = 64  # the kernel knows multiples of it
+SCORE_BYTES = 2**20  # of a block, for all queries of a prompt
 
 
 class Pool(flax.struct.PyTreeNode):
@@ -134,9 +137,9 @@ def _attend(
     """(out_BKGH, own_XKSI) of one device; `length_B` counts the new tokens, `table_BM` names pages
     among those of all devices."""
     (B, K, G, H), (P, owners) = q_BKGH.shape, owner_PO.shape
-    q_PKOGH = q_BKGH[owner_PO].swapaxes(1, 2)
+    q_PNH = q_BKGH[owner_PO].swapaxes(1, 2).reshape(P, K * owners * G, H)
     shared = paged_attention.attend(
-        q_PKOGH.reshape(P, K * owners * G, H), prompt_XKSI[None], 0, table_PM, length_P
+        q_PNH, prompt_XKSI[None], 0, table_PM, length_P, blocks=_blocks(q_PNH, prompt_XKSI)
     )
 
     def by_slot(x_PN: jax.Array) -> jax.Array:
@@ -157,6 +160,14 @@ def _attend(
     )
     out_BNH = paged_attention.merged([(out_BNH, lse_BN), (own[0], own[1])])
     return out_BNH.reshape(q_BKGH.shape), own_1XKSI[0]
+
+
+def _blocks(q_PNH: jax.Array, kv_XKSI: jax.Array) -> Blocks:
+    """The more queries there are, the fewer keys make a block: scores lie in VMEM, in float32."""
+    keys = SCORE_BYTES // (4 * q_PNH.shape[1])
+    key_bytes = kv_XKSI.shape[1] * kv_XKSI.shape[3] * kv_XKSI.dtype.itemsize
+    block_bytes = min(BLOCKS.block_bytes, max(keys, 1) * key_bytes)
+    return dataclasses.replace(BLOCKS, block_bytes=block_bytes)
 
 
 def over_pages(batch: cache.Slots) -> cache.At:

@@ -117,14 +117,16 @@ def test_heads_that_the_kernel_does_not_know_are_attended_in_plain_jnp():
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("slice_", ["v5e:1x1", "v5p:2x2x2"])
-def test_the_tpu_decodes_with_the_kernel_in_place_and_sends_no_pages_around(slice_):
+@pytest.mark.parametrize(
+    ("slice_", "samples"), [("v5e:1x1", 32), ("v4:2x2x1", 16), ("v5p:2x2x2", 8)]
+)
+def test_the_tpu_decodes_with_the_kernel_in_place_and_sends_no_pages_around(slice_, samples):
     pytest.importorskip("libtpu")
     arch = Architecture(
         vocab_size=4096, width=1024, layers=2, heads=28, kv_heads=4, head_dim=128, mlp=4096
     )
     model = ModelConfig(architecture=arch, compute=Compute(dtype="bfloat16", attention="pallas"))
-    settings = RolloutConfig(prompt_buckets=(1024,), batch_size=64)
+    settings = RolloutConfig(prompt_buckets=(1024,), batch_size=64, num_generations=samples)
     devices = topology.devices(slice_)
     cfg = Config(
         policy=model,
