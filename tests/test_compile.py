@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -361,6 +362,27 @@ def test_the_compiler_refuses_what_is_too_large_and_the_command_says_so():
     command += ["--policy.architecture.width", "8192", "--policy.architecture.layers", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "update does not fit" in done.stdout
+
+
+@pytest.mark.tpu
+def test_on_a_mesh_of_tpus_training_runs_the_flash_kernels_forward_and_backward():
+    pytest.importorskip("libtpu")
+    arch = c.Architecture(
+        vocab_size=4096, width=512, layers=2, heads=8, kv_heads=4, head_dim=64, mlp=1024
+    )
+    model = c.ModelConfig(architecture=arch, compute=c.Compute(dtype="bfloat16"))
+    cfg = dataclasses.replace(small(), policy=model, reward_model=model)
+    mesh = sharding.make_mesh(c.MeshConfig(tensor=4), topology.devices("v5p:2x2x2"))
+    chip = topology.chip("v5p:2x2x2")
+    found = programs.programs(programs.on_tpu(cfg), mesh, chip.hbm_bytes)
+    kernels = {
+        program.name: set(re.findall("flash_attention_[a-z]+", program.lower().compile().as_text()))
+        for program in found
+        if program.name in ("update", "reward training")
+    }
+    wanted = {"flash_attention_forward", "flash_attention_backward"}
+    assert kernels.keys() == {"update", "reward training"}
+    assert all(names >= wanted for names in kernels.values())
 
 
 @pytest.mark.tpu

@@ -25,7 +25,7 @@ ARCH = Architecture(vocab_size=32, width=16, layers=2, heads=4, kv_heads=2, head
 CFG = RolloutConfig(
     prompts_per_step=4,
     num_generations=3,
-    max_completion_length=37,
+    max_completion_length=32,
     temperature=0.8,
     prompt_buckets=(40,),
     page_size=16,
@@ -59,6 +59,7 @@ def prompt(name: str, length: int) -> Prompt:
 
 
 # A last page partly full, a page full to its end, nothing in the cache, three pages.
+LIMITS_PG = np.array([[32, 5, 17], [9, 32, 20], [3, 32, 11], [32, 26, 7]])
 PROMPTS = [prompt(name, length) for name, length in (("a", 21), ("b", 17), ("c", 1), ("d", 40))]
 
 
@@ -67,7 +68,7 @@ def sampled(attention, mesh, **settings):
     cfg = RolloutConfig(**{**vars(CFG), **settings})
     engine = rollout.Engine(cfg, ARCH, Compute(attention=attention), mesh, STOPS)
     placed = jax.device_put(params(), sharding.shardings(params(), mesh))
-    completions = engine.generate(placed, PROMPTS, cfg.num_generations, 0, 0)
+    completions = engine.generate(placed, PROMPTS, cfg.num_generations, 0, 0, limits_PG=LIMITS_PG)
     return engine, {(c.problem.id, c.sample): c for c in completions}
 
 
@@ -87,7 +88,6 @@ def assert_same(got):
 def test_slots_that_are_filled_again_and_again_draw_what_plain_attention_draws():
     """Samples of a prompt come and go: the first of its slots is not always there."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    assert len({len(c.ids) for c in plain().values()}) >= 3
     assert_same(sampled("pallas", mesh, batch_size=4)[1])
 
 
@@ -102,8 +102,9 @@ def test_the_kernel_draws_the_same_on_a_mesh_where_each_device_has_its_slots_pag
 def test_a_completion_that_lost_its_pages_is_written_again_on_a_mesh_too(monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
     page_bytes = 2 * 2 * 2 * 64 * 16 * 4  # k and v, layers, heads, head dim, tokens, float32
-    # Prompts: 9 x 3 pages on every device. Own: 5 a device, where 3 slots could use 3 each.
-    monkeypatch.setattr(memory, "free_bytes", lambda mesh: (28 + 5) * page_bytes / 0.8 + 1)
+    # Prompts: 9 x 3 pages and one to divide by 4, on every device. Own: 4 a device, where 3 slots
+    # could use 2 each.
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: (28 + 4) * page_bytes / 0.8 + 1)
     engine, got = sampled("pallas", mesh)
     assert engine.statistics.preemptions > 0
     assert_same(got)
@@ -130,6 +131,7 @@ def test_the_tpu_decodes_with_the_kernel_in_place_and_sends_no_pages_around(slic
     devices = topology.devices(slice_)
     cfg = Config(
         policy=model,
+        reward_model=model,
         rollout=settings,
         mesh=MeshConfig(tensor=min(len(devices), 4)),
         update=UpdateConfig(steps=1, micro_batch_size=8),
