@@ -359,7 +359,7 @@ def test_a_configuration_fits_the_slice_it_is_meant_for(case):
 def test_the_compiler_refuses_what_is_too_large_and_the_command_says_so():
     pytest.importorskip("libtpu")
     command = [sys.executable, "-m", "pgrpo_jax.compile", "--topology", "v5e:1x1"]
-    command += ["--policy.architecture.width", "8192", "--policy.architecture.layers", "64"]
+    command += ["--policy.architecture.width", "8192", "--policy.architecture.mlp", "65536"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "update does not fit" in done.stdout
 
