@@ -23,7 +23,11 @@ CASES = (
     ("qwen2_5_coder_7b", "v5p:4x4x4", ()),
     ("qwen2_5_coder_7b", "v4:4x4x4", ()),
     ("qwen2_5_coder_0_5b", "v5e:1x1", ()),
-    ("qwen2_5_coder_0_5b", "v5e:2x4", ("--update.micro-batch-size", "16")),
+    (
+        "qwen2_5_coder_0_5b",
+        "v5e:2x4",
+        ("--update.micro-batch-size", "32", "--policy.compute.logprob-mb", "5120"),
+    ),
 )
 
 
