@@ -12,9 +12,7 @@ the caller to say where no constant says it.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import importlib
 import json
 import os
@@ -25,6 +23,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+from pgrpo_jax import sharding, topology
+from pgrpo_jax.config import MeshConfig
 
 MATRIX_UNITS = 4  # a TensorCore
 DELAY_SLOTS = 4  # bundles after a branch that still run
@@ -46,7 +47,6 @@ class Chip:
     clock_hz: float
     cores: int
     hbm_bytes_per_s: float
-    options: tuple[tuple[str, Any], ...] = ()  # of the topology
 
     @property
     def core_bytes_per_cycle(self) -> float:
@@ -61,8 +61,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5p", "v5p:2x2x1", 1.75e9, 2, 2.765e12),
-        # Without megacore each v4 chip would be two devices of one core.
-        Chip("v4", "v4:2x2x1", 1.05e9, 2, 1.228e12, (("chip_config_name", "megacore"),)),
+        Chip("v4", "v4:2x2x1", 1.05e9, 2, 1.228e12),
         Chip("v5e", "v5e:2x4", 1.5e9, 1, 0.82e12),
     )
 }
@@ -303,32 +302,19 @@ class Compiled:
     error: str = ""
 
 
-@contextlib.contextmanager
-def compiler() -> Iterator[None]:
-    """Has libtpu to itself: a second process that loads it dies."""
-    path = pathlib.Path(tempfile.gettempdir()) / "pgrpo_jax_libtpu.lock"
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def compile_cases(chip: Chip, cases: Sequence[Case]) -> Iterator[Compiled]:
     """For each case what became of it. One process compiles them all.
 
     Raises:
       RuntimeError: the process itself fails, for want of libtpu for example.
     """
-    with tempfile.TemporaryDirectory() as folder, compiler():
+    with tempfile.TemporaryDirectory() as folder:
         flags = (
             f"--xla_jf_dump_to={folder}",
             "--xla_jf_dump_llo_text=true",
             f"--xla_jf_dump_llo_pass_label_regex={'|'.join(FILES)}",
         )
         environment = os.environ | {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "0",
             "LIBTPU_INIT_ARGS": " ".join((os.environ.get("LIBTPU_INIT_ARGS", ""), *flags)).strip(),
         }
         builds = [[case.build, case.options] for case in cases]
@@ -356,15 +342,9 @@ def compile_cases(chip: Chip, cases: Sequence[Case]) -> Iterator[Compiled]:
 def _compile(chip: Chip, builds: list[tuple[str, dict[str, Any]]], folder: pathlib.Path) -> None:
     """Compiles each; prints a line of JSON for each, with the folder of what was written down."""
     import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    slice_ = topologies.get_topology_desc(
-        platform="tpu", topology_name=chip.slice_name, **dict(chip.options)
-    )
-    mesh = Mesh(np.array(slice_.devices[:1]), ("one",))
-    place = NamedSharding(mesh, PartitionSpec())
+    mesh = sharding.make_mesh(MeshConfig(), topology.devices(chip.slice_name)[:1])
+    place = sharding.replicated(mesh)
     for number, (build, options) in enumerate(builds):
         module, name = build.split(":")
         error, hbm_bytes = "", 0.0

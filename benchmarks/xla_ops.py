@@ -6,11 +6,16 @@ Needs the `tpu` extra, no TPU. The bytes are those that the TPU compiler counts 
 of its compiled program; the least are each input read once and each output written once. Norm and
 rotary angles take as long as their bytes; a chunk of log-probabilities takes its matrix product,
 and the bytes beyond the least in addition, which is a bound from above: some may hide behind it.
+
+Then the same operations where the compiler has fused them with others: in four layers, forward and
+backward. What moves bytes and is neither a matrix product nor a kernel is norms, angles, residuals,
+gates and casts: kernels of our own could win no more than all of its time, next to products at the
+chip's peak.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +23,9 @@ import jax.numpy as jnp
 
 from benchmarks import tpu_static
 from benchmarks.tpu_static import Case, Chip
-from pgrpo_jax.models import layers, logprobs
+from pgrpo_jax import hlo, roofline, sharding, topology
+from pgrpo_jax.config import Architecture, Compute, MeshConfig
+from pgrpo_jax.models import decoder, layers, logprobs
 
 # Qwen2.5-7B: two rows of 4096 tokens.
 B, T, D, N, H, V = 2, 4096, 3584, 28, 128, 152_064
@@ -103,22 +110,71 @@ def row(chip: Chip, operation: Operation, xla_bytes: float) -> str:
     )
 
 
+LAYERS = 4
+
+
+def layer_rows(chip: Chip) -> Iterator[str]:
+    """For each program of layers a row."""
+    arch = Architecture(
+        vocab_size=128, width=D, layers=LAYERS, heads=N, kv_heads=4, head_dim=H, mlp=18_944
+    )
+    compute = Compute(dtype="bfloat16", remat="full", attention="pallas")
+    params = jax.eval_shape(lambda key: decoder.init(arch, compute, key), jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    x = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
+
+    def forward(params: Any, *rows: jax.Array) -> jax.Array:
+        return decoder.forward(params, arch, compute, *rows)
+
+    def gradient(params: Any, dx_BTD: jax.Array, *rows: jax.Array) -> Any:
+        return jax.vjp(lambda params: forward(params, *rows), params)[1](dx_BTD)
+
+    products = {
+        "forward": roofline.forward(arch, B, T, predicted=0).executed,
+        "forward and backward": roofline.training(arch, compute, B, T, predicted=0).executed,
+    }
+    programs: dict[str, tuple[Callable, tuple[Any, ...]]] = {
+        "forward": (forward, (params, ids, ids, ids)),
+        "forward and backward": (gradient, (params, x, ids, ids, ids)),
+    }
+    devices = topology.devices(chip.slice_name)[:1]
+    mesh = sharding.make_mesh(MeshConfig(), devices)
+    for name, (function, shapes) in programs.items():
+        program = jax.jit(sharding.on(mesh, function), in_shardings=sharding.replicated(mesh))
+        text = program.lower(*shapes).compile().as_text()
+        assert text is not None, "the TPU compiler gives its programs as text"
+        moved = hlo.memory_bytes_by_kind(hlo.parse(text))
+        product_s = products[name] / (PEAK_FLOPS_PER_CYCLE * chip.cores * chip.clock_hz)
+        other_s = moved["other"] / chip.hbm_bytes_per_s
+        left = other_s / (product_s + other_s)
+        yield (
+            f"| {chip.name}: {LAYERS} layers, {name} | {product_s * 1e3:.2f} "
+            f"| {moved['other'] / 1e6:,.0f} | {other_s * 1e3:.2f} | {left:.0%} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", nargs="+", choices=tpu_static.CHIPS, default=[*tpu_static.CHIPS])
-    for name in parser.parse_args().chips:
-        chip, chosen = tpu_static.CHIPS[name], operations()
+    chips = [tpu_static.CHIPS[name] for name in parser.parse_args().chips]
+    for chip in chips:
+        chosen = operations()
         cases = [
             Case("XLA", operation.name, "benchmarks.xla_ops:build", {"index": i}, len, 0, 0)
             for i, operation in enumerate(chosen)
         ]
-        print(f"\n{name}\n\n| | least MB | XLA's MB | product ms | least ms | left, at most |")
+        print(f"\n{chip.name}\n\n| | least MB | XLA's MB | product ms | least ms | left, at most |")
         print("|---|---|---|---|---|---|", flush=True)
         for operation, compiled in zip(chosen, tpu_static.compile_cases(chip, cases), strict=True):
             if compiled.error:
                 print(f"| {operation.name} | does not compile: {compiled.error} | | | | |")
             else:
                 print(row(chip, operation, compiled.hbm_bytes), flush=True)
+    print("\n| | product ms | MB of the rest | ms of the rest | left, at most |")
+    print("|---|---|---|---|---|", flush=True)
+    for chip in chips:
+        for line in layer_rows(chip):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

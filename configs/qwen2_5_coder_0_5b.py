@@ -9,7 +9,8 @@ copy of the policy with a new head, is trained on them first.
 Hardware: 16 GB of device memory are meant to suffice: parameters, gradient and AdamW's moments are
 8 GB in float32, the reward model 2 GB, the key/value cache of 64 completions 1.2 GB in bfloat16.
 `python -m pgrpo_jax.compile --config qwen2_5_coder_0_5b --topology v5e:1x1` asks the TPU compiler.
-On the eight chips of Kaggle (v5e:2x4) set `--update.micro-batch-size 16`.
+On the eight chips of Kaggle (v5e:2x4) set `--update.micro-batch-size 32` and
+`--policy.compute.logprob-mb 5120`: logits of eight times as many tokens, an eighth on each chip.
 This configuration has not been run on hardware: neither its time nor its result is known.
 """
 

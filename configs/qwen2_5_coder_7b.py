@@ -10,8 +10,8 @@ epoch); `pairs.jsonl` holds preference pairs of reasonings (`prompt`, `chosen`, 
 reward model begins as a copy of the policy with a new head.
 
 Hardware: a TPU v5p slice of 16 chips (v5p-32). Over all chips, parameters, gradient and AdamW's
-moments take 122 GB in float32, the reward model 15 GB and the key/value cache of 256 completions
-90 GB in bfloat16, of 1,520 GB. The TPU compiler says what another slice makes of it:
+moments take 122 GB in float32, the reward model 15 GB and the key/value cache of 128 completions
+34 GB in bfloat16, of 1,520 GB. The TPU compiler says what another slice makes of it:
 `python -m pgrpo_jax.compile --config qwen2_5_coder_7b --topology v5p:2x2x2`.
 This configuration has not been run on hardware: neither its time nor its result is known. The paper
 reports the result of its own run, a mean of 58.5 % where outcome-only GRPO has 54.9 %.
@@ -76,7 +76,7 @@ def config() -> Config:
             num_generations=8,
             max_completion_length=4096,
             prompt_buckets=(512, 1024, 2048),
-            batch_size=256,
+            batch_size=128,
         ),
         rewards=RewardsConfig(thinking_max_length=6144, shadow_fraction=0.05),
         update=UpdateConfig(

@@ -7,15 +7,19 @@ Layouts (X pages of the pool, M pages of a slot, S positions of a page, I = 2H):
     lengths_B     int32: keys of a slot, its newest token among them
     q_BNH, k_BKH, v_BKH   one token a slot; query head n reads key head n // (N / K)
 
-A slot of length 0 is idle: its output is zeros, nothing is read and nothing is written. Table
-entries behind a slot's last page are never read as data but must name some page: leave 0 there.
-Scores and softmax are float32, the output has q's dtype, the scale is 1 / sqrt(H).
+lse_BN is the log of the sum of exp(score), float32: with it the outputs over several stretches of a
+slot's keys are `merged` into one.
+
+A slot of length 0 is idle: its output is zeros, its lse FLOOR, nothing is read and nothing is
+written. Table entries behind a slot's last page are never read as data but must name some page:
+leave 0 there. Scores and softmax are float32, the output has q's dtype, the scale is 1 / sqrt(H).
 
 What writes a token wants the page that it writes to for that slot alone; full pages may be shared.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pgrpo_jax.kernels import attention, paged_kernel
-from pgrpo_jax.kernels.paged_kernel import BLOCKS, ROWS, Blocks
+from pgrpo_jax.kernels.paged_kernel import BLOCKS, FLOOR, ROWS, Blocks
 
 
 def reference(
@@ -33,9 +37,9 @@ def reference(
     layer: jax.Array,
     table_BM: jax.Array,
     lengths_B: jax.Array,
-) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over the `lengths_B` keys of each slot -> out_BNH."""
-    B, _, H = q_BNH.shape
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(q k / sqrt(H)) v over the `lengths_B` keys of each slot -> (out_BNH, lse_BN)."""
+    B, N, H = q_BNH.shape
     _, _, K, S, _ = pages_LXKSI.shape
     T = table_BM.shape[1] * S
     gathered_BTKI = pages_LXKSI[layer, table_BM].swapaxes(2, 3).reshape(B, T, K, 2 * H)
@@ -52,7 +56,10 @@ def reference(
         positions_BT,
         live_BT.astype(jnp.int32),
     )
-    return out_B1NH[:, 0]
+    q_BKGH = q_BNH.reshape(B, K, N // K, H).astype(jnp.float32)
+    scores_BKGT = jnp.einsum("BKGH,BTKH->BKGT", q_BKGH, gathered_BTKI[..., :H]) * H**-0.5
+    lse_BKG = jax.nn.logsumexp(scores_BKGT, axis=-1, where=live_BT[:, None, None])
+    return out_B1NH[:, 0], jnp.maximum(lse_BKG, FLOOR).reshape(B, N)
 
 
 def reference_write(
@@ -63,15 +70,23 @@ def reference_write(
     layer: jax.Array,
     table_BM: jax.Array,
     lengths_B: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Writes each slot's new token at `lengths_B - 1`, then attends -> (out_BNH, pages_LXKSI)."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes each slot's new token at `lengths_B - 1`, then attends -> (out_BNH, lse_BN, pages)."""
     X, S = pages_LXKSI.shape[1], pages_LXKSI.shape[3]
     at_B = jnp.maximum(lengths_B - 1, 0)
     page_B = jnp.take_along_axis(table_BM, (at_B // S)[:, None], axis=1)[:, 0]
     page_B = jnp.where(lengths_B > 0, page_B, X)  # out of range: dropped
     kv_BKI = jnp.concatenate((k_BKH, v_BKH), axis=-1).astype(pages_LXKSI.dtype)
     pages_LXKSI = pages_LXKSI.at[layer, page_B, :, at_B % S].set(kv_BKI, mode="drop")
-    return reference(q_BNH, pages_LXKSI, layer, table_BM, lengths_B), pages_LXKSI
+    return *reference(q_BNH, pages_LXKSI, layer, table_BM, lengths_B), pages_LXKSI
+
+
+def merged(parts: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """out_BNH over all keys, from (out_BNH, lse_BN) over some of them each; zeros without any."""
+    lse = jnp.stack([lse_BN for _, lse_BN in parts])
+    weights = jax.nn.softmax(lse, axis=0)
+    out = sum(w[..., None] * out_BNH for w, (out_BNH, _) in zip(weights, parts, strict=True))
+    return jnp.asarray(out).astype(parts[0][0].dtype)
 
 
 def attend(
@@ -83,14 +98,14 @@ def attend(
     *,
     blocks: Blocks = BLOCKS,
     interpret: Any = False,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """`reference` as a TPU kernel. `interpret` is that of `pallas_call`.
 
     Raises:
       ValueError: shapes or dtypes are not those of the layouts above, or H is not a multiple of 64.
     """
     _check(q_BNH, pages_LXKSI, table_BM, lengths_B)
-    return _call(q_BNH, None, pages_LXKSI, layer, table_BM, lengths_B, blocks, interpret)[0]
+    return _call(q_BNH, None, pages_LXKSI, layer, table_BM, lengths_B, blocks, interpret)[:2]
 
 
 def attend_write(
@@ -104,7 +119,7 @@ def attend_write(
     *,
     blocks: Blocks = BLOCKS,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`reference_write` as a TPU kernel; the pages are updated in place if they are donated.
 
     Raises:
@@ -161,6 +176,7 @@ def _scratch(blocks: Blocks, q_BKGD: jax.Array, pages_XKSI: jax.Array, table_pag
         pltpu.VMEM((blocks.buffers, block_pages, K, S, width), dtype),
         pltpu.VMEM((blocks.buffers, K, G, D), dtype),
         pltpu.VMEM((K, G, D), dtype),
+        pltpu.VMEM((K, G, 128), jnp.float32),
         pltpu.VMEM((K * G, 128), jnp.float32),
         pltpu.VMEM((K * G, 128), jnp.float32),
         pltpu.VMEM((K * G, D), jnp.float32),
@@ -180,7 +196,7 @@ def _call(
     lengths_B: jax.Array,
     blocks: Blocks,
     interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     (B, N, H), (L, X, K, S, width), M = q_BNH.shape, pages_LXKSI.shape, table_BM.shape[1]
     # A key and a value of 64 fill the 128 lanes together: such queries have zeros where the value
     # lies, and their output is the upper half of what p @ [k, v] gives.
@@ -196,9 +212,10 @@ def _call(
 
     writes = new_BKI is not None
     operands = (q_BKGD, new_BKI, pages_XKSI) if writes else (q_BKGD, pages_XKSI)
-    results = (q_BKGD, pages_XKSI) if writes else (q_BKGD,)
+    lse = jax.ShapeDtypeStruct((B, K, padded, 128), jnp.float32)
+    results = (q_BKGD, lse, pages_XKSI) if writes else (q_BKGD, lse)
     scratch = _scratch(blocks, q_BKGD, pages_XKSI, M)
-    out_BKGD, *written = pl.pallas_call(
+    out_BKGD, lse_BKGI, *written = pl.pallas_call(
         functools.partial(
             paged_kernel.read_and_write if writes else paged_kernel.read,
             scale=math.log2(math.e) / math.sqrt(H),
@@ -212,7 +229,7 @@ def _call(
             out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(results),
             scratch_shapes=scratch if writes else scratch[:-2],
         ),
-        input_output_aliases={4: 1} if writes else {},
+        input_output_aliases={4: 2} if writes else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), disable_bounds_checks=True
         ),
@@ -221,4 +238,6 @@ def _call(
     )(table, lengths_B, *operands)
     out_BNH = out_BKGD[:, :, :group, D - H :].reshape(B, N, H)
     out_BNH = jnp.where((lengths_B > 0)[:, None, None], out_BNH, 0)
-    return out_BNH, written[0].reshape(pages_LXKSI.shape) if writes else pages_LXKSI
+    lse_BN = lse_BKGI[:, :, :group, 0].reshape(B, N)
+    lse_BN = jnp.where((lengths_B > 0)[:, None], lse_BN, FLOOR)
+    return out_BNH, lse_BN, written[0].reshape(pages_LXKSI.shape) if writes else pages_LXKSI

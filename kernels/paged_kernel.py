@@ -3,6 +3,7 @@ blocks of keys stream through VMEM, and the running softmax. `paged_attention` s
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 ROWS = 16  # of a bfloat16 tile in memory, and of what is written back with a new token
 UNROLL = 8  # pages whose copies are issued in straight-line code
+LN_2 = math.log(2)  # scores are in powers of two
 FLOOR = -1e30  # the score of what is masked; finite, since -inf - -inf is not a number
 
 
@@ -54,15 +56,17 @@ class Refs(NamedTuple):
     new: Any  # HBM [B, K, 2H], float32: the new token
     pages: Any  # HBM [L * X, K, S, 2H]; an output too where a token is written
     out: Any  # HBM [B, K, G, D]
+    lse: Any  # HBM [B, K, G, 128], float32: log sum exp of the scores, the same in all lanes
     order: Any  # SMEM [B + 1]: the slots of this core
     block: Any  # VMEM [buffers, pages of a block, K, S, 2H]
     q_block: Any  # VMEM [buffers, K, G, D]
     out_block: Any  # VMEM [K, G, D], on its way to HBM
+    lse_block: Any  # VMEM [K, G, 128], the same
     peak: Any  # VMEM [K * G, 128]: the largest score so far, the same in all lanes
     total: Any  # VMEM [K * G, 128]: the sum of exp2(score - peak), the same in all lanes
     acc: Any  # VMEM [K * G, D]: the sum of exp2(score - peak) v
     arrived: Any  # DMA semaphores [buffers]: a block, and with a slot's first block its q and new
-    sent: Any  # DMA semaphores [2]: out_block, tile
+    sent: Any  # DMA semaphores [2]: out_block and lse_block, tile
     new_block: Any = None  # VMEM [buffers, K, 2H]
     tile: Any = None  # VMEM [K, ROWS, 2H]: the rows around the new token, on their way to HBM
 
@@ -263,15 +267,22 @@ def _attend(r: Refs, at: _Cursor, buffer: jax.Array, keys: jax.Array, scale: flo
 
 
 def _finish(r: Refs, at: _Cursor) -> None:
-    """Sends a slot's output on its way, when the one before has left."""
+    """Sends a slot's results on their way, when those before have left."""
 
     @pl.when(at.place > 0)
     def _():
-        pltpu.make_async_copy(r.out_block, r.out_block, r.sent.at[0]).wait()
+        _wait_sent(r)
 
-    r.out_block[...] = (r.acc[...] / r.total[:, :1]).reshape(r.out_block.shape).astype(r.out.dtype)
-    home = r.out.at[r.order[at.place]]
-    pltpu.make_async_copy(r.out_block, home, r.sent.at[0]).start()
+    total, slot = r.total[...], r.order[at.place]
+    r.out_block[...] = (r.acc[...] / total[:, :1]).reshape(r.out_block.shape).astype(r.out.dtype)
+    r.lse_block[...] = (r.peak[...] * LN_2 + jnp.log(total)).reshape(r.lse_block.shape)
+    pltpu.make_async_copy(r.out_block, r.out.at[slot], r.sent.at[0]).start()
+    pltpu.make_async_copy(r.lse_block, r.lse.at[slot], r.sent.at[0]).start()
+
+
+def _wait_sent(r: Refs) -> None:
+    for block in (r.out_block, r.lse_block):
+        pltpu.make_async_copy(block, block, r.sent.at[0]).wait()
 
 
 def _run(r: Refs, scale: float, cores: int) -> None:
@@ -318,19 +329,21 @@ def _run(r: Refs, scale: float, cores: int) -> None:
 
     @pl.when(places > 0)
     def _():
-        pltpu.make_async_copy(r.out_block, r.out_block, r.sent.at[0]).wait()
+        _wait_sent(r)
         if r.new is not None:
             pltpu.make_async_copy(r.tile, r.tile, r.sent.at[1]).wait()
 
 
-def read(table_ref, lengths_ref, q_ref, pages_ref, out_ref, *scratch, scale, cores) -> None:
-    refs = Refs(table_ref, lengths_ref, q_ref, None, pages_ref, out_ref, *scratch)
+def read(
+    table_ref, lengths_ref, q_ref, pages_ref, out_ref, lse_ref, *scratch, scale, cores
+) -> None:
+    refs = Refs(table_ref, lengths_ref, q_ref, None, pages_ref, out_ref, lse_ref, *scratch)
     _run(refs, scale, cores)
 
 
 def read_and_write(
-    table_ref, lengths_ref, q_ref, new_ref, _, out_ref, pages_ref, *scratch, scale, cores
+    table_ref, lengths_ref, q_ref, new_ref, _, out_ref, lse_ref, pages_ref, *scratch, scale, cores
 ) -> None:
     """The pages as an input are not read: they are the output `pages_ref`."""
-    refs = Refs(table_ref, lengths_ref, q_ref, new_ref, pages_ref, out_ref, *scratch)
+    refs = Refs(table_ref, lengths_ref, q_ref, new_ref, pages_ref, out_ref, lse_ref, *scratch)
     _run(refs, scale, cores)

@@ -1,4 +1,5 @@
-"""Keys and values in pages, and the attention of one new token a slot over them.
+"""Keys and values in pages, and the attention of one new token a slot over them, in plain jnp.
+`kernel_cache` is the same for the TPU's kernel.
 
 A slot's keys lie in two kinds of pages: those of its prompt, which all samples of the prompt read
 and nobody writes any more, and its own, which hold what it has drawn. Nothing is ever copied: a
@@ -12,9 +13,14 @@ Axes: X pages of a pool, S tokens of a page, M entries of a slot's table, O owne
 the G = N / K query heads of a key head.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from pgrpo_jax import sharding
 from pgrpo_jax.config import Architecture
@@ -43,10 +49,11 @@ class Pool(flax.struct.PyTreeNode):
 
 
 class Cache(flax.struct.PyTreeNode):
-    """The pages of prompts, and the pages of what is drawn."""
+    """The pages of prompts, and the pages of what is drawn: pools of this module or of another
+    layout's."""
 
-    prompt: Pool
-    own: Pool
+    prompt: Any
+    own: Any
 
 
 class Places(flax.struct.PyTreeNode):
@@ -60,6 +67,22 @@ class Places(flax.struct.PyTreeNode):
     owner_XO: jax.Array
     start_X: jax.Array
     table_BM: jax.Array
+
+
+class Slots(flax.struct.PyTreeNode):
+    """What stays as it is while slots decode: `prompt_B` tokens of each are in its prompt's pages;
+    live_B (bool) is False for slots that are idle from the start."""
+
+    prompt: Places
+    own: Places
+    prompt_B: jax.Array
+    live_B: jax.Array
+
+
+# From (layer, q_BKGH, k_BKH, v_BKH) to out_BKGH.
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# From (cache, own_B, live_B), at one token a slot, to its attention and to the cache behind it.
+At = Callable[[Cache, jax.Array, jax.Array], tuple[Attend, Callable[[], Cache]]]
 
 
 class Partial(flax.struct.PyTreeNode):
@@ -80,10 +103,26 @@ def empty(arch: Architecture, dtype: str, pages: int, page_size: int) -> Pool:
     )
 
 
-def grown(pool: Pool, pages: int) -> Pool:
-    """The pool with room for `pages` pages, those it holds in front."""
-    more = pages - pool.pages
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, more), (0, 0), (0, 0), (0, 0))), pool)
+def grown(pool: Any, pages: int, parts: int) -> Any:
+    """The pool with room for `pages` pages; those it holds stay in front in each of its `parts`."""
+
+    def one(x: jax.Array) -> jax.Array:
+        each = x.reshape(parts, -1, *x.shape[1:])
+        more = pages // parts - each.shape[1]
+        return jnp.pad(each, ((0, 0), (0, more), *((0, 0),) * 3)).reshape(pages, *x.shape[1:])
+
+    return jax.tree.map(one, pool)
+
+
+def shardings(arch: Architecture, mesh: Mesh) -> Cache:
+    """Pages over data and fsdp, key heads over tensor where it divides them."""
+    place = NamedSharding(mesh, Spec(*sharding.batch(mesh).spec, head_axis(arch, mesh)))
+    pool = Pool((place,) * arch.layers, (place,) * arch.layers)
+    return Cache(pool, pool)
+
+
+def head_axis(arch: Architecture, mesh: Mesh) -> str | None:
+    return "tensor" if arch.kv_heads % mesh.shape["tensor"] == 0 else None
 
 
 def write_tokens(
@@ -172,3 +211,28 @@ def merged(parts: tuple[Partial, ...], dtype: str) -> jax.Array:
     total_BKG = (weights_BMKG * sum_BMKG).sum(1)
     out_BKGH = (weights_BMKG[..., None] * value_BMKGH).sum(1)
     return (out_BKGH / jnp.where(total_BKG == 0, 1, total_BKG)[..., None]).astype(dtype)
+
+
+def over_pages(batch: Slots) -> At:
+    """Attention of one new token a slot, which is written first; and the cache when all are."""
+    prompt, own = batch.prompt, batch.own
+
+    def at(cache: Cache, own_B: jax.Array, live_B: jax.Array) -> tuple[Attend, Callable[[], Cache]]:
+        size, pool = cache.own.page_size, cache.own
+        page_B = jnp.take_along_axis(own.table_BM, own_B[:, None] // size, axis=1)[:, 0]
+        page_B = jnp.where(live_B, page_B, pool.pages)
+        prompt_B = jnp.where(live_B, batch.prompt_B, 0)
+        own_B1 = jnp.where(live_B, own_B + 1, 0)
+
+        def attend(layer, q_BKGH, k_BKH, v_BKH):
+            nonlocal pool
+            pool = write_tokens(pool, layer, page_B, own_B % size, k_BKH, v_BKH)
+            parts = (
+                partial(q_BKGH, cache.prompt, layer, prompt, prompt_B),
+                partial(q_BKGH, pool, layer, own, own_B1),
+            )
+            return merged(parts, q_BKGH.dtype)
+
+        return attend, lambda: Cache(cache.prompt, pool)
+
+    return at

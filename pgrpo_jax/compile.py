@@ -21,7 +21,7 @@ import rich.console
 import rich.table
 import tyro
 
-from pgrpo_jax import cli, config, footprint, programs, roofline, suggest, topology
+from pgrpo_jax import cli, config, footprint, programs, roofline, suggest
 from pgrpo_jax.footprint import Report
 from pgrpo_jax.topology import GIB
 
@@ -147,18 +147,17 @@ def main(line: Line) -> None:
         bool(line.topology), "--topology is missing: name a slice, such as --topology v5p:4x4x4"
     )
     cfg = programs.on_tpu(line.run)
-    with topology.compiler():
-        if line.suggest:
-            sys.exit(0 if suggest.search(cfg, line.topology, console) else 1)
-        found = []
-        for report in footprint.reports(cfg, line.topology):
-            size = "more" if report.failure else _gib(report.total)
-            print(
-                f"{report.name}: {size} of {_gib(report.limit)} GiB, "
-                f"{report.compile_s:.0f} s to compile",
-                file=sys.stderr,
-            )
-            found.append(report)
+    if line.suggest:
+        sys.exit(0 if suggest.search(cfg, line.topology, console) else 1)
+    found = []
+    for report in footprint.reports(cfg, line.topology):
+        size = "more" if report.failure else _gib(report.total)
+        print(
+            f"{report.name}: {size} of {_gib(report.limit)} GiB, "
+            f"{report.compile_s:.0f} s to compile",
+            file=sys.stderr,
+        )
+        found.append(report)
     print_reports(found, line.topology, console)
     if line.json:
         write(pathlib.Path(line.json), line, found)

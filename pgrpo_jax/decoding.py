@@ -1,17 +1,16 @@
 """The two device programs of a rollout: prompts into the cache, and tokens out of it."""
 
+import types
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as Spec
 
-from pgrpo_jax import sampling, sharding
+from pgrpo_jax import sampling
 from pgrpo_jax.config import Architecture, Compute
-from pgrpo_jax.models import attention
+from pgrpo_jax.models import attention, kernel_cache
 from pgrpo_jax.models import cache as caches
 from pgrpo_jax.models import decode as model
 
@@ -61,6 +60,7 @@ def decode(
     leave: jax.Array,
     *,
     arch: Architecture,
+    compute: Compute,
     truncate: Callable[[jax.Array], jax.Array] | None,
     stop_ids: tuple[int, ...],
 ) -> tuple[caches.Cache, Tokens]:
@@ -68,6 +68,8 @@ def decode(
     B = batch.ids_B.shape[0]
     prompt = caches.Places(batch.prompt_owner_XO, batch.prompt_start_X, batch.prompt_table_BM)
     own = caches.Places(batch.own_owner_X1, batch.own_start_X, batch.own_table_BM)
+    slots = caches.Slots(prompt, own, batch.prompt_B, batch.live_B)
+    over_pages = layout(arch, compute).over_pages(slots)
     stop_1N = jnp.array(stop_ids, jnp.int32)[None]
     fold_in = jax.vmap(jax.random.fold_in)
     key_B = fold_in(jax.vmap(jax.random.fold_in, (None, 0))(key, batch.problem_B), batch.sample_B)
@@ -76,8 +78,7 @@ def decode(
 
     def step(carry):
         t, cache, ids_B, own_B, live_B, ids_BT, logp_BT = carry
-        prompt_B = jnp.where(live_B, batch.prompt_B, 0)
-        attend, written = _over_pages(cache, prompt, own, prompt_B, own_B, live_B)
+        attend, written = over_pages(cache, own_B, live_B)
         x_BD = model.forward(weights, arch, ids_B, batch.prompt_B + own_B, attend)
         drawn_B, logp_B = sampling.draw(u_TB[t], model.logits(weights, x_BD), temperature, truncate)
         ids_BT = lax.dynamic_update_slice(ids_BT, drawn_B[:, None], (0, t))
@@ -103,32 +104,6 @@ def decode(
     )
 
 
-def _over_pages(
-    cache: caches.Cache,
-    prompt: caches.Places,
-    own: caches.Places,
-    prompt_B: jax.Array,
-    own_B: jax.Array,
-    live_B: jax.Array,
-) -> tuple[model.Attend, Callable[[], caches.Cache]]:
-    """Attention of one new token a slot, which is written first; and the cache when all are."""
-    size, pool = cache.own.page_size, cache.own
-    page_B = jnp.take_along_axis(own.table_BM, own_B[:, None] // size, axis=1)[:, 0]
-    page_B = jnp.where(live_B, page_B, pool.pages)
-    own_B1 = jnp.where(live_B, own_B + 1, 0)
-
-    def attend(layer, q_BKGH, k_BKH, v_BKH):
-        nonlocal pool
-        pool = caches.write_tokens(pool, layer, page_B, own_B % size, k_BKH, v_BKH)
-        parts = (
-            caches.partial(q_BKGH, cache.prompt, layer, prompt, prompt_B),
-            caches.partial(q_BKGH, pool, layer, own, own_B1),
-        )
-        return caches.merged(parts, q_BKGH.dtype)
-
-    return attend, lambda: caches.Cache(cache.prompt, pool)
-
-
 class Prompts(flax.struct.PyTreeNode):
     """R pieces of prompts, T tokens each: `count_R` are real and stand behind `before_R` that are
     in the cache already. page_RM are the pages they go to (X: nowhere), earlier_RM those before."""
@@ -150,7 +125,7 @@ def prefill(
 ) -> caches.Cache:
     """The cache with the keys and values of a piece of each prompt."""
     R, T = prompts.ids_RT.shape
-    pool = cache.prompt
+    pool, pages = cache.prompt, layout(arch, compute)
     columns_1T = jnp.arange(T)[None]
     segments_RT = (columns_1T < prompts.count_R[:, None]).astype(jnp.int32)
     positions_RT = columns_1T + prompts.before_R[:, None]
@@ -163,8 +138,8 @@ def prefill(
         nonlocal pool
         K, G, H = q_EKGH.shape[1:]
         k_RTKH, v_RTKH = k_EKH.reshape(R, T, K, H), v_EKH.reshape(R, T, K, H)
-        before = caches.read_pages(pool, layer, prompts.earlier_RM)
-        pool = caches.write_pages(pool, layer, prompts.page_RM, k_RTKH, v_RTKH)
+        before = pages.read_pages(pool, layer, prompts.earlier_RM)
+        pool = pages.write_pages(pool, layer, prompts.page_RM, k_RTKH, v_RTKH)
         k_RSKH, v_RSKH = (
             jnp.concatenate([old.astype(new.dtype), new], axis=1)
             for old, new in zip(before, (k_RTKH, v_RTKH), strict=True)
@@ -186,9 +161,10 @@ def prefill(
     return caches.Cache(pool, cache.own)
 
 
-def cache_sharding(arch: Architecture, mesh: Mesh) -> caches.Cache:
-    """Pages over data and fsdp, key heads over tensor where it divides them."""
-    heads = "tensor" if arch.kv_heads % mesh.shape["tensor"] == 0 else None
-    pages = NamedSharding(mesh, Spec(*sharding.batch(mesh).spec, heads))
-    pool = caches.Pool((pages,) * arch.layers, (pages,) * arch.layers)
-    return caches.Cache(pool, pool)
+def layout(arch: Architecture, compute: Compute) -> types.ModuleType:
+    """Whose pages the cache has: those of the kernel where `compute.attention` is "pallas", but for
+    heads that the kernel does not know."""
+    if compute.attention == "auto":
+        compute = attention.resolve(compute, jax.default_backend())
+    kernel = compute.attention == "pallas" and arch.head_dim % kernel_cache.HEAD_DIM == 0
+    return kernel_cache if kernel else caches

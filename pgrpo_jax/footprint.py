@@ -73,8 +73,8 @@ def measure(program: programs.Program, chip: topology.Chip, chips: int) -> Repor
     text = compiled.as_text()
     assert text is not None, "the TPU compiler gives its programs as text"
     module = hlo.parse(text)
-    collectives = hlo.collective_bytes(module, program.loop_trips)
-    traffic = hlo.memory_bytes(module, program.loop_trips)
+    collectives = hlo.collective_bytes(module, program.runs)
+    traffic = hlo.memory_bytes(module, program.runs)
     return Report(
         program.name,
         compile_s,

@@ -9,15 +9,21 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # They hand on what is there, or run what is counted by itself.
 FREE = (
     *("parameter", "constant", "iota", "partition-id", "replica-id", "after-all", "opt-barrier"),
     *("tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-    *("async-start", "async-update", "async-done", "copy-done"),
+    "async-start",
 )
+ENDS = ("-done", "-update")  # of what was counted at its start
+CUTS = ("dynamic-slice", "slice", "gather")  # they read of their first operand what they return
+PATCHES = {
+    "dynamic-update-slice": 1,
+    "scatter": 2,
+}  # in place: where the operand stands that is new
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # of others the number in the name tells
 
 
@@ -84,61 +90,103 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def collective_bytes(module: Module, unknown_trips: int = 1) -> dict[str, float]:
-    """Bytes that each device receives in one execution, by kind of collective, rings assumed.
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What does not stand in the module: how often a loop runs whose end is found on the device,
+    and the share of its executions in which a conditional takes the branch that moves the most;
+    in the others it takes the one that moves the least."""
 
-    `unknown_trips` is taken for loops whose count does not stand in the module.
-    """
-    total: dict[str, float] = defaultdict(float)
-    for name, times, _ in _executions(module, unknown_trips):
+    trips: int = 1
+    taken: float = 1.0
+
+
+def collective_bytes(module: Module, runs: Runs = Runs()) -> dict[str, float]:
+    """Bytes that each device receives in one execution, by kind of collective, rings assumed."""
+
+    def received(name: str, _: bool) -> dict[str, float]:
+        total: dict[str, float] = defaultdict(float)
         for instruction in module.computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                kind, received = _received(instruction, kind, name)
-                total[kind] += times * received
-    return dict(total)
+                kind, size = _received(instruction, kind, name)
+                total[kind] += size
+        return total
+
+    return _total(module, module.entry, received, runs)
 
 
-def memory_bytes(module: Module, unknown_trips: int = 1) -> float:
+def memory_bytes(module: Module, runs: Runs = Runs()) -> float:
     """Bytes that one execution reads from and writes to a device's main memory."""
-    return sum(
-        times * sum(_traffic(module, module.computations[name], i) for i in _steps(module, name))
-        for name, times, fused in _executions(module, unknown_trips)
-        if not fused
-    )
+    return sum(memory_bytes_by_kind(module, runs).values())
 
 
-def _steps(module: Module, name: str) -> Iterator[Instruction]:
-    return (i for i in module.computations[name].values() if i.opcode not in FREE)
+def memory_bytes_by_kind(module: Module, runs: Runs = Runs()) -> dict[str, float]:
+    """The same by what moves them: "product" for instructions with a matrix product, "kernel",
+    "collective", and "other": element by element, sums, copies."""
+
+    def moved(name: str, fused: bool) -> dict[str, float]:
+        computation, total = module.computations[name], dict.fromkeys(_KINDS, 0.0)
+        for step in () if fused else computation.values():
+            if step.opcode not in FREE and not step.opcode.endswith(ENDS):
+                total[_kind(module, step)] += _traffic(module, computation, step)
+        return total
+
+    return _total(module, module.entry, moved, runs)
+
+
+_KINDS = ("product", "kernel", "collective", "other")
+
+
+def _kind(module: Module, instruction: Instruction) -> str:
+    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        return "collective"
+    if instruction.opcode == "custom-call":
+        return "kernel"
+    if instruction.opcode in ("dot", "convolution"):
+        return "product"
+    inner = module.computations.get(instruction.called("calls"), {}).values()
+    kinds = {_kind(module, i) for i in inner} - {"other"}
+    return next((kind for kind in _KINDS if kind in kinds), "other")
 
 
 # --- how often
 
 
-def _executions(module: Module, unknown_trips: int) -> Iterator[tuple[str, float, bool]]:
-    """Each computation that runs, how often, and whether inside of one instruction."""
+# Bytes by kind that a computation moves by itself, given its name and whether it runs inside of one
+# instruction.
+Own = Callable[[str, bool], Mapping[str, float]]
 
-    def visit(name: str, times: float, fused: bool) -> Iterator[tuple[str, float, bool]]:
-        yield name, times, fused
-        for instruction in module.computations[name].values():
-            if instruction.opcode == "while":
-                trips = _trips(module, instruction, unknown_trips)
-                yield from visit(instruction.called("body"), times * trips, fused)
-            elif instruction.opcode == "conditional":
-                for branch in _branches(instruction):
-                    yield from visit(branch, times, fused)
-            elif instruction.opcode == "call":
-                yield from visit(instruction.called("to_apply"), times, fused)
-            elif not instruction.opcode.endswith(("-done", "-update")) and (
-                callee := instruction.called("calls")
-            ):
-                yield from visit(callee, times, True)
 
-    return visit(module.entry, 1.0, False)
+def _total(
+    module: Module, name: str, own: Own, runs: Runs, fused: bool = False
+) -> dict[str, float]:
+    """What a computation moves by itself and by all that it runs."""
+    total = defaultdict(float, own(name, fused))
+
+    def add(moved: Mapping[str, float], times: float) -> None:
+        for kind, size in moved.items():
+            total[kind] += times * size
+
+    def of(callee: str, inside: bool = fused) -> dict[str, float]:
+        return _total(module, callee, own, runs, inside)
+
+    for instruction in module.computations[name].values():
+        if instruction.opcode == "while":
+            add(of(instruction.called("body")), _trips(module, instruction, runs.trips))
+        elif instruction.opcode == "conditional":
+            branches = sorted(
+                (of(branch) for branch in _branches(instruction)), key=lambda x: sum(x.values())
+            )
+            add(branches[-1], runs.taken)
+            add(branches[0], 1 - runs.taken)
+        elif instruction.opcode == "call":
+            add(of(instruction.called("to_apply")), 1)
+        elif not instruction.opcode.endswith(ENDS) and (callee := instruction.called("calls")):
+            add(of(callee, True), 1)
+    return dict(total)
 
 
 def _branches(instruction: Instruction) -> list[str]:
-    """All of them: which one runs is not known here."""
     several = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     if several:
         return [name.strip(" %") for name in several.group(1).split(",")]
@@ -194,21 +242,38 @@ def _group(attributes: str) -> int:
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> float:
     operands = [computation[name] for name in instruction.operands if name in computation]
-    if instruction.opcode == "dynamic-slice":
+    if instruction.opcode in CUTS:
         return 2 * instruction.hbm_bytes
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * operands[1].hbm_bytes
+    if instruction.opcode in PATCHES:
+        return 2 * operands[PATCHES[instruction.opcode]].hbm_bytes
+    if instruction.opcode == "slice-start":  # ((what is cut), the slice, a semaphore)
+        _, cut, *_ = instruction.buffers
+        return cut.bytes + (cut.bytes if cut.hbm else 0.0)
     if instruction.opcode == "copy-start":  # (the copy, what is copied, a semaphore)
         copy = instruction.buffers[0]
         return operands[0].hbm_bytes + (copy.bytes if copy.hbm else 0.0)
+    if instruction.opcode.endswith("-start"):  # (what is sent, what comes)
+        written = max((buffer.bytes for buffer in instruction.buffers if buffer.hbm), default=0.0)
+        return written + sum(operand.hbm_bytes for operand in operands)
     fused = module.computations.get(instruction.called("calls"))
     if instruction.opcode != "fusion" or fused is None:
-        return instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands)
+        written = instruction.hbm_bytes - _updated_in_place(instruction)
+        return written + sum(operand.hbm_bytes for operand in operands)
     read = sum(
         min(operand.hbm_bytes, _read(module, fused, number))
         for number, operand in enumerate(operands)
     )
     return read + min(instruction.hbm_bytes, _written(fused))
+
+
+def _updated_in_place(instruction: Instruction) -> float:
+    """Bytes of results that are operands of a kernel: nobody knows how much of them it writes."""
+    found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.attributes)
+    if not found:
+        return 0.0
+    aliased = re.findall(r"\{(\d*)\}: \(", found.group(1))  # {} where there is one result
+    buffers = (instruction.buffers[int(number or 0)] for number in aliased)
+    return sum(buffer.bytes for buffer in buffers if buffer.hbm)
 
 
 def _read(module: Module, fused: Computation, number: int) -> float:
@@ -220,30 +285,42 @@ def _read(module: Module, fused: Computation, number: int) -> float:
 
 
 def _read_of(module: Module, fused: Computation, name: str) -> float:
+    if fused[name].root:
+        return math.inf  # all of it
     total = 0.0
     for user in fused.values():
         if name not in user.operands:
             continue
         inner = module.computations.get(user.called("calls"))
-        if user.opcode == "dynamic-slice":
+        if user.opcode in CUTS and user.operands[0] == name:
             total += user.bytes
         elif user.opcode == "bitcast":
             total += _read_of(module, fused, user.name)
         elif user.opcode == "fusion" and inner is not None:
-            total += _read(module, inner, user.operands.index(name))
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
-            return math.inf  # all of it
+            number = str(user.operands.index(name))
+            if _returned(inner).arguments == number and _returned(inner).opcode == "parameter":
+                total += _read_of(module, fused, user.name)
+            else:
+                total += _read(module, inner, int(number))
+        elif user.opcode not in PATCHES or user.operands[0] != name:
+            return math.inf
     return total
 
 
 def _written(fused: Computation) -> float:
-    """Bytes that a fusion writes: of a slice that is updated in place, only the slice."""
+    """Bytes that a fusion writes: of what it updates in place, only what is new."""
+    root = _returned(fused)
+    if root.opcode not in PATCHES:
+        return math.inf
+    return fused[root.operands[PATCHES[root.opcode]]].bytes
+
+
+def _returned(fused: Computation) -> Instruction:
+    """What a fusion returns, maybe in another shape."""
     root = next(i for i in fused.values() if i.root)
     while root.opcode == "bitcast" and root.operands[0] in fused:
         root = fused[root.operands[0]]
-    if root.opcode != "dynamic-update-slice":
-        return math.inf
-    return fused[root.operands[1]].bytes
+    return root
 
 
 # --- lines

@@ -19,6 +19,7 @@ from pgrpo_jax import (
     config,
     data,
     decoding,
+    hlo,
     optimizer,
     packing,
     reshard,
@@ -31,8 +32,7 @@ from pgrpo_jax import (
     update,
 )
 from pgrpo_jax.config import Architecture
-from pgrpo_jax.models import attention, decoder, load, reward
-from pgrpo_jax.models import cache as caches
+from pgrpo_jax.models import attention, decoder, kernel_cache, load, reward
 
 Bytes = Mapping[str, int]  # of one device, by kind
 
@@ -43,7 +43,7 @@ class Program:
 
     `arguments` are bytes a device of what it is called with, `resident` of what else lies in the
     device's memory meanwhile. `executions` of it make one P-GRPO step, 0 for the stages before.
-    `loop_trips` is how often a loop runs whose end is found on the device.
+    `runs` is what its text does not say.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Program:
     resident: Bytes
     work: roofline.Work
     executions: int = 0
-    loop_trips: int = 1
+    runs: hlo.Runs = hlo.Runs()
 
 
 def architectures(cfg: config.Config) -> tuple[Architecture, Architecture]:
@@ -213,7 +213,7 @@ def _sft(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Program:
         _lowered(step, state.arguments, batch),
         _state_bytes(state),
         {},
-        roofline.training(arch, compute, settings.batch_size, length, logits=True),
+        roofline.training(arch, compute, settings.batch_size, length, predicted=length),
     )
 
 
@@ -233,7 +233,7 @@ def _reward_training(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Prog
         _lowered(step, state.arguments, batch),
         _state_bytes(state),
         {},
-        roofline.training(arch, compute, 2 * C, T, logits=False),
+        roofline.training(arch, compute, 2 * C, T, predicted=0),
     )
 
 
@@ -271,21 +271,13 @@ def _weights(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Placed:
     return Placed(weights, jax.tree.map(lambda x: x.sharding, weights))
 
 
-def _cache(cfg: config.Config, arch: Architecture, mesh: Mesh, sizes: scheduler.Sizes) -> Placed:
-    def empty(pages: int) -> caches.Pool:
-        return caches.empty(arch, cfg.policy.compute.dtype, pages, sizes.page_size)
-
-    shapes = jax.eval_shape(lambda: caches.Cache(empty(sizes.prompt_pages), empty(sizes.own_pages)))
-    return Placed(shapes, decoding.cache_sharding(arch, mesh))
-
-
 def _rollout(
     cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh, hbm_bytes: int
 ) -> Iterator[Program]:
     settings = cfg.rollout
     engine = rollout.Engine(settings, policy, cfg.policy.compute, mesh, stop_ids=(0,))
     sizes = rollout_sizes(cfg, policy, judge, mesh, hbm_bytes)
-    weights, cache = _weights(cfg, policy, mesh), _cache(cfg, policy, mesh, sizes)
+    weights, cache = _weights(cfg, policy, mesh), Placed(*engine.cache(sizes))
     known = {"parameters": weights.bytes, "cache": cache.bytes}
     waiting = _waiting(cfg, policy, judge, mesh)
 
@@ -312,15 +304,19 @@ def _rollout(
     arguments = (weights.arguments, cache.arguments, batch, key, temperature, leave)
     limit, page = settings.max_completion_length, sizes.page_size
     live = min(sizes.slots, sizes.own_pages // sizes.own_table)
-    pairs = (sizes.prompt_pages * sizes.owners + sizes.own_pages) * page
+    context = bucket + limit / 2
+    if decoding.layout(policy, cfg.policy.compute) is kernel_cache:
+        pairs = int(sizes.slots * context)
+    else:  # all that the cache has room for
+        pairs = (sizes.prompt_pages * sizes.owners + sizes.own_pages) * page
     yield Program(
         "decode",
         lambda: engine.decode.lower(*arguments),
         known,
         waiting,
-        roofline.decoding(policy, sizes.slots, decoding.CHUNK, bucket + limit / 2, pairs),
+        roofline.decoding(policy, sizes.slots, decoding.CHUNK, context, pairs),
         executions=math.ceil(_completions(cfg) / live * limit / decoding.CHUNK),
-        loop_trips=decoding.CHUNK,
+        runs=hlo.Runs(decoding.CHUNK),
     )
 
 
@@ -334,7 +330,7 @@ def _scoring(cfg: config.Config, policy: Architecture, judge: Architecture, mesh
         _lowered(score, params.arguments, *tokens),
         {"parameters": params.bytes},
         _waiting(cfg, policy, judge, mesh, "reward model"),
-        roofline.forward(judge, rows, length, logits=False),
+        roofline.forward(judge, rows, length, predicted=0),
         executions=math.ceil(_completions(cfg) / rows),
     )
 
@@ -373,15 +369,15 @@ def _logprobs(
     used: str,
 ) -> Program:
     params, (batch, trips) = _policy(cfg, policy, mesh), _update_batch(cfg, mesh)
-    program = update.compile_logprobs(cfg, policy, mesh)
+    program, drawn = update.compile_logprobs(cfg, policy, mesh), cfg.rollout.max_completion_length
     return Program(
         name,
         _lowered(program, params.arguments, batch),
         {"parameters": params.bytes},
         _waiting(cfg, policy, judge, mesh, used),
-        roofline.forward(policy, _completions(cfg), _longest(cfg), logits=True),
+        roofline.forward(policy, _completions(cfg), _longest(cfg), predicted=drawn),
         executions=1,
-        loop_trips=trips,
+        runs=hlo.Runs(trips, drawn / _longest(cfg)),
     )
 
 
@@ -392,13 +388,13 @@ def _update(cfg: config.Config, policy: Architecture, judge: Architecture, mesh:
     if cfg.update.importance_cap and cfg.update.num_iterations > 1:
         batch = batch.replace(old_logp_ART=batch.rows.old_logp)
     step = update.compile_update(cfg, policy, mesh)
-    rows, length = _completions(cfg), _longest(cfg)
+    rows, length, drawn = _completions(cfg), _longest(cfg), cfg.rollout.max_completion_length
     return Program(
         "update",
         _lowered(step, state.arguments, batch),
         _state_bytes(state),
         _waiting(cfg, policy, judge, mesh, "policy's parameters", "policy's optimizer"),
-        roofline.training(policy, cfg.policy.compute, rows, length, logits=True),
+        roofline.training(policy, cfg.policy.compute, rows, length, predicted=drawn),
         executions=cfg.update.num_iterations,
-        loop_trips=trips,
+        runs=hlo.Runs(trips, drawn / length),
     )

@@ -82,20 +82,21 @@ class Engine:
         mesh: Mesh,
         stop_ids: Sequence[int],
     ):
-        self.settings, self._arch, self._mesh = cfg, arch, mesh
-        self._stop_ids, self._dtype = frozenset(stop_ids), compute.dtype
+        self.settings, self._mesh, self._stop_ids = cfg, mesh, frozenset(stop_ids)
         self._parts = sharding.row_parts(mesh)
         self._plans: dict[tuple[int, int], scheduler.Sizes] = {}
         self._roomy: set[scheduler.Sizes] = set()
         self.warm: set[scheduler.Sizes] = set()
         self.statistics = Statistics()
-        everywhere, cache = sharding.replicated(mesh), decoding.cache_sharding(arch, mesh)
+        pages = decoding.layout(arch, compute)
+        everywhere, cache = sharding.replicated(mesh), pages.shardings(arch, mesh)
         self.prepare = reshard.compile_reshard(arch, compute, mesh)
         prefill = functools.partial(decoding.prefill, arch=arch, compute=compute)
         self.prefill = jax.jit(sharding.on(mesh, prefill), donate_argnums=1, out_shardings=cache)
         chunk = functools.partial(
             decoding.decode,
             arch=arch,
+            compute=compute,
             truncate=sampling.truncation(cfg.top_k, cfg.top_p),
             stop_ids=tuple(stop_ids),
         )
@@ -104,12 +105,16 @@ class Engine:
             donate_argnums=1,
             out_shardings=(cache, everywhere),
         )
-        self.empty = jax.jit(
-            functools.partial(caches.empty, arch, compute.dtype),
-            static_argnums=(0, 1),
-            out_shardings=cache.own,
-        )
-        self.grow = jax.jit(caches.grown, static_argnums=1, out_shardings=cache.own)
+        empty = functools.partial(pages.empty, arch, compute.dtype)
+
+        def empty_cache(prompt_pages: int, own_pages: int, page_size: int) -> caches.Cache:
+            return caches.Cache(empty(prompt_pages, page_size), empty(own_pages, page_size))
+
+        self._empty = empty_cache
+        self.empty = jax.jit(empty_cache, static_argnums=(0, 1, 2), out_shardings=cache)
+        grow = functools.partial(caches.grown, parts=self._parts)
+        self.grow = jax.jit(grow, static_argnums=1, out_shardings=cache.own)
+        self._cache_sharding = cache
 
     def generate(
         self,
@@ -169,7 +174,7 @@ class Engine:
             free_bytes = memory.free_bytes(self._mesh)
             plan = self.plan(bucket, num_samples, free_bytes)
             self._plans[bucket, num_samples] = plan
-            if 2 * (plan.prompt_pages + plan.own_pages) <= self._affordable(free_bytes):
+            if 2 * self.cache_bytes(plan) <= free_bytes * self.settings.memory_fraction:
                 self._roomy.add(plan)
         return self._plans[bucket, num_samples]
 
@@ -183,29 +188,40 @@ class Engine:
           ValueError: not even one completion fits.
         """
         most = self._most(bucket, num_samples)
-        affordable = self._affordable(free_bytes)
-        own_pages = min(most.own_pages, affordable - most.prompt_pages)
-        if own_pages < most.own_table:
+        shared = dataclasses.replace(most, own_pages=0)
+        room = free_bytes * self.settings.memory_fraction - self.cache_bytes(shared)
+        of_own = self.cache_bytes(dataclasses.replace(shared, own_pages=self._parts))
+        affordable = int(room / (of_own - self.cache_bytes(shared)) * self._parts)
+        own_pages, least = min(most.own_pages, affordable), most.own_table * self._parts
+        if own_pages < least:
             raise ValueError(
-                f"{affordable} pages of {most.page_size} tokens fit into the free memory; "
-                f"{most.prompt_pages} are for prompts and one completion needs {most.own_table}: "
-                "lower rollout.batch_size, rollout.prompt_buckets or rollout.max_completion_length"
+                f"{max(affordable, 0)} pages of {most.page_size} tokens fit into the free memory "
+                f"beside {most.prompt_pages} for prompts, and one completion needs {least}: "
+                f"{most.own_table} on each of {self._parts} devices of data x fsdp; lower "
+                "rollout.batch_size, rollout.prompt_buckets or rollout.max_completion_length"
             )
-        return dataclasses.replace(most, own_pages=self._rounded(own_pages))
+        return dataclasses.replace(most, own_pages=own_pages // self._parts * self._parts)
 
-    def _affordable(self, free_bytes: int) -> int:
-        return int(free_bytes * self.settings.memory_fraction / self._page_bytes())
+    def cache(self, sizes: scheduler.Sizes) -> tuple[caches.Cache, caches.Cache]:
+        """The abstract cache, and where it lies."""
+        pages = sizes.prompt_pages, sizes.own_pages
+        shapes = jax.eval_shape(lambda: self._empty(*pages, sizes.page_size))
+        return shapes, self._cache_sharding
+
+    def cache_bytes(self, sizes: scheduler.Sizes) -> int:
+        """Of one device."""
+        return sharding.device_bytes(*self.cache(sizes))
 
     def least_bytes(self, bucket: int, num_samples: int) -> int:
         """Memory that has to be free for `plan` to find any."""
         most = self._most(bucket, num_samples)
-        pages = most.prompt_pages + most.own_table
-        return math.ceil(pages * self._page_bytes() / self.settings.memory_fraction) + 1
+        least = dataclasses.replace(most, own_pages=most.own_table * self._parts)
+        return math.ceil(self.cache_bytes(least) / self.settings.memory_fraction) + 1
 
     def _most(self, bucket: int, num_samples: int) -> scheduler.Sizes:
         """Slots, and the pages that they can ever use."""
         cfg, page = self.settings, self.settings.page_size
-        slots = cfg.batch_size or cfg.prompts_per_step * cfg.num_generations
+        slots = self._rounded(cfg.batch_size or cfg.prompts_per_step * cfg.num_generations)
         owners = min(num_samples, slots)
         prompt_table = max(math.ceil((bucket - 1) / page), 1)
         own_table = math.ceil(cfg.max_completion_length / page)
@@ -218,6 +234,7 @@ class Engine:
             own_pages=slots * own_table,
             prompt_table=prompt_table,
             own_table=own_table,
+            parts=self._parts,
         )
 
     def levels(self, sizes: scheduler.Sizes) -> list[int]:
@@ -255,15 +272,9 @@ class Engine:
         rows, everywhere = sharding.batch(self._mesh), sharding.replicated(self._mesh)
         return jax.tree.map(lambda x: everywhere if x.shape[0] % self._parts else rows, values)
 
-    def _page_bytes(self) -> float:
-        """Of one page in all layers, of which each device has its part."""
-        arch, size = self._arch, self.settings.page_size
-        one_each = jax.eval_shape(lambda: caches.empty(arch, self._dtype, self._parts, size))
-        places = decoding.cache_sharding(arch, self._mesh).own
-        return sharding.device_bytes(one_each, places) / self._parts
-
-    def _rounded(self, pages: int) -> int:
-        return math.ceil(pages / self._parts) * self._parts
+    def _rounded(self, count: int) -> int:
+        """Slots or pages, at least so many, that divide over the devices."""
+        return math.ceil(count / self._parts) * self._parts
 
     def _check(self, prompt: Prompt) -> None:
         longest = self.settings.prompt_buckets[-1]
@@ -317,10 +328,9 @@ class _Run:
         return max(running - max(self._plan.sizes.slots // LEAVE, 1), 0)
 
     def _decode(self, temperature: np.float32, leave: int) -> decoding.Tokens:
-        pages = next(n for n in self._levels if n >= self._plan.highest_own_page())
-        if pages > self._cache.own.pages:
-            own = self._engine.grow(self._cache.own, pages)
-            self._cache = caches.Cache(self._cache.prompt, own)
+        parts, each = self._plan.sizes.parts, self._plan.highest_own_page()
+        pages = next(n for n in self._levels if n >= each * parts)
+        self._grow(pages)
         return self._dispatch(self._batch(), temperature, leave)
 
     def _dispatch(
@@ -400,8 +410,12 @@ class _Run:
 
     def _empty(self, own_pages: int) -> caches.Cache:
         sizes = self._plan.sizes
-        pools = (self._engine.empty(n, sizes.page_size) for n in (sizes.prompt_pages, own_pages))
-        return caches.Cache(*pools)
+        return self._engine.empty(sizes.prompt_pages, own_pages, sizes.page_size)
+
+    def _grow(self, own_pages: int) -> None:
+        if own_pages > self._cache.own.pages:
+            own = self._engine.grow(self._cache.own, own_pages)
+            self._cache = caches.Cache(self._cache.prompt, own)
 
     def _compile(self) -> None:
         """Runs every program of this rollout's shapes on nothing: none is compiled later."""
@@ -411,9 +425,7 @@ class _Run:
                 if self._engine.in_parts():
                     self._prefill_rows((), rows, length, behind=True)
         for pages in self._levels:
-            if pages > self._cache.own.pages:
-                own = self._engine.grow(self._cache.own, pages)
-                self._cache = caches.Cache(self._cache.prompt, own)
+            self._grow(pages)
             self._dispatch(self._batch(), np.float32(1), 0)
         self._cache = self._empty(self._levels[0])
 

@@ -16,8 +16,10 @@ ASSUMPTIONS = (
     "their published rates, all three at the same time, nothing waits for the host",
     "a collective uses two links of each chip, those of one axis of the torus",
     "HBM bytes are the operands and results of the compiled program's instructions, those of loops "
-    "times their trips; a kernel's operands count once",
+    "times their trips; a kernel's operands count once and whole: all pages of the cache are read",
     "completions all reach the length limit and are all read by the reward model",
+    "the vocabulary's chunks are passed over for the tokens of prompts; of any other conditional "
+    "the branch runs that moves the most",
     "MFU is model FLOPs (recomputation not counted) over peak in that time: an upper bound",
 )
 
@@ -70,36 +72,36 @@ def unembedding(arch: Architecture, tokens: int) -> float:
     return 2.0 * tokens * arch.width * arch.vocab_size
 
 
-def forward(arch: Architecture, rows: int, length: int, logits: bool) -> Work:
-    """Rows of `length` tokens, with or without logits."""
+def forward(arch: Architecture, rows: int, length: int, predicted: int) -> Work:
+    """Rows of `length` tokens, of which `predicted` meet the vocabulary."""
     flops = layers(arch, rows * length) + attention(arch, rows * length * (length + 1) / 2)
-    flops += unembedding(arch, rows * length) if logits else 0.0
+    flops += unembedding(arch, rows * predicted)
     return Work(flops, flops)
 
 
-def training(arch: Architecture, compute: Compute, rows: int, length: int, logits: bool) -> Work:
+def training(arch: Architecture, compute: Compute, rows: int, length: int, predicted: int) -> Work:
     """Forward and backward. Chunked logits are always made twice; the layers as `remat` says."""
-    once = forward(arch, rows, length, logits).model
+    once = forward(arch, rows, length, predicted).model
     attended = attention(arch, rows * length * (length + 1) / 2)
     again = {
         "none": 0.0,
         "dots": attended,  # products with a batch axis on both sides are not kept
         "full": layers(arch, rows * length) + attended,
     }[compute.remat]
-    again += unembedding(arch, rows * length) if logits else 0.0
+    again += unembedding(arch, rows * predicted)
     return Work(3 * once, 3 * once + again)
 
 
 def prefill(arch: Architecture, rows: int, piece: int, prompt: int) -> Work:
     """The mean of the pieces, `piece` tokens of each row, that make up prompts of `prompt`."""
     before = attention(arch, rows * piece * max(prompt - piece, 0) / 2)
-    flops = forward(arch, rows, piece, logits=False).model + before
+    flops = forward(arch, rows, piece, predicted=0).model + before
     return Work(flops, flops)
 
 
 def decoding(arch: Architecture, rows: int, tokens: int, context: float, pairs: int) -> Work:
-    """`tokens` more in each row, which attend to `context` tokens in the mean. In fact there are
-    computed, for each of them, all `pairs` of a query and a key that the cache has room for."""
+    """`tokens` more in each row, which attend to `context` tokens in the mean. In fact `pairs` of a
+    query and a key are computed for each of them."""
     dense = layers(arch, rows * tokens) + unembedding(arch, rows * tokens)
     return Work(
         dense + attention(arch, rows * tokens * context),

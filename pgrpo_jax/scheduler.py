@@ -4,6 +4,8 @@ A prompt's pages are filled once and are free again when the last of its samples
 takes own pages as it grows. Prompts wait for pages and for slots; a sample that runs is never
 refused a page: when none is left, the youngest sample gives up its slot and its pages, goes back to
 the head of the queue and is written again later, with the same random numbers.
+
+Slots and own pages lie in equal parts on the devices of a mesh: a slot takes pages of its part.
 """
 
 import collections
@@ -17,7 +19,8 @@ import numpy as np
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What is fixed for one rollout. Pages hold `page_size` tokens; `owners` is the most samples of
-    one prompt; `prompt_pages` and `own_pages` are the pages there are, `table` of one slot."""
+    one prompt; `prompt_pages` and `own_pages` are the pages there are, `table` of one slot; slots
+    and own pages divide into `parts`."""
 
     slots: int
     owners: int
@@ -26,6 +29,15 @@ class Sizes:
     own_pages: int
     prompt_table: int
     own_table: int
+    parts: int = 1
+
+    @property
+    def prompts(self) -> int:
+        """The most prompts that have pages at one time."""
+        return self.prompt_pages // self.prompt_table
+
+    def part(self, slot: int) -> int:
+        return slot // (self.slots // self.parts)
 
 
 @dataclasses.dataclass
@@ -60,7 +72,8 @@ class Group:
 @dataclasses.dataclass
 class Sample:
     """One completion in the making. `number` tells its random numbers from others' of the problem,
-    `place` is its place among the owners of its prompt's pages."""
+    `place` is its place among the owners of its prompt's pages; `pages` count in its slot's part.
+    """
 
     group: Group
     sample: int
@@ -86,8 +99,8 @@ class Scheduler:
         self.slots: list[Sample | None] = [None] * sizes.slots
         # The lowest page that is free is taken next, so that few pages stay few in a small pool.
         self._free_prompt = list(range(sizes.prompt_pages))
-        self._free_own = list(range(sizes.own_pages))
-        self.preemptions, self._starts = 0, 0
+        self._free_own = [list(range(sizes.own_pages // sizes.parts)) for _ in range(sizes.parts)]
+        self.preemptions, self._starts, self._prompts = 0, 0, 0
 
     @property
     def unfinished(self) -> bool:
@@ -103,8 +116,10 @@ class Scheduler:
         for slot in range(self.sizes.slots):
             if self.slots[slot] is not None or not self.queue:
                 continue
+            if not self._has_room(self.sizes.part(slot)):
+                continue
             sample = self.queue[0]
-            if not (self._has_room() and self._has_pages(sample.group)):
+            if not self._has_pages(sample.group):
                 return
             self.queue.popleft()
             sample.slot, sample.start = slot, self._starts
@@ -116,20 +131,25 @@ class Scheduler:
             self.slots[slot] = sample
             self._starts += 1
 
-    def _has_room(self) -> bool:
+    def _in_part(self, part: int) -> list[Sample]:
+        each = self.sizes.slots // self.sizes.parts
+        return [s for s in self.slots[part * each : (part + 1) * each] if s is not None]
+
+    def _has_room(self, part: int) -> bool:
         """Whether one more sample would find an own page, and each that runs its next one: else it
         would only be admitted to be preempted."""
-        S, occupied = self.sizes.page_size, [s for s in self.slots if s is not None]
+        S, occupied = self.sizes.page_size, self._in_part(part)
         missing = sum(math.ceil(s.limit / S) - len(s.pages) for s in occupied)
-        return len(self._free_own) > min(missing, len(occupied))
+        return len(self._free_own[part]) > min(missing, len(occupied))
 
     def _has_pages(self, group: Group) -> bool:
         need = math.ceil(group.cached / self.sizes.page_size)
         if group.live or group.pages or need == 0:
             return True
-        if need > len(self._free_prompt):
+        if need > len(self._free_prompt) or self._prompts == self.sizes.prompts:
             return False
         group.pages = self._take(self._free_prompt, need)
+        self._prompts += 1
         return True
 
     def unfilled(self) -> list[Group]:
@@ -142,13 +162,14 @@ class Scheduler:
         for sample in sorted(self.running, key=lambda s: s.start):
             reached = min(sample.drawn + tokens, sample.limit)
             need = math.ceil(reached / self.sizes.page_size) - len(sample.pages)
-            while need > len(self._free_own) and sample.slot >= 0:
-                self._preempt()
+            part = self.sizes.part(sample.slot)
+            while need > len(self._free_own[part]) and sample.slot >= 0:
+                self._preempt(part)
             if sample.slot >= 0 and need > 0:
-                sample.pages += self._take(self._free_own, need)
+                sample.pages += self._take(self._free_own[part], need)
 
-    def _preempt(self) -> None:
-        youngest = max((s for s in self.slots if s is not None), key=lambda s: s.start)
+    def _preempt(self, part: int) -> None:
+        youngest = max(self._in_part(part), key=lambda s: s.start)
         self._release(youngest)
         youngest.ids, youngest.logps, youngest.drawn = [], [], 0
         youngest.group.waiting += 1
@@ -167,12 +188,13 @@ class Scheduler:
         self._release(sample)
 
     def _release(self, sample: Sample) -> None:
+        self._give(self._free_own[self.sizes.part(sample.slot)], sample.pages)
         self.slots[sample.slot] = None
         sample.slot = -1
-        self._give(self._free_own, sample.pages)
         group = sample.group
         group.places.remove(sample.place)
         if group.live == 0 and (group.waiting == 0 or not group.ready):
+            self._prompts -= bool(group.pages)
             self._give(self._free_prompt, group.pages)
             group.filled = 0
 
@@ -185,7 +207,7 @@ class Scheduler:
         pages.clear()
 
     def highest_own_page(self) -> int:
-        """Own pages that a pool must have for those in use: the highest number, plus 1."""
+        """Own pages that a part must have for those in use: the highest number, plus 1."""
         return 1 + max((page for s in self.slots if s for page in s.pages), default=0)
 
 
@@ -203,6 +225,7 @@ def tables(sizes: Sizes, slots: Sequence[Sample | None], own_pages: int) -> dict
         if sample is None or not sample.group.ready:
             continue
         shared, own = np.array(sample.group.pages, np.int32), np.array(sample.pages, np.int32)
+        own += sizes.part(b) * (own_pages // sizes.parts)
         prompt_owner_XO[shared, sample.place] = b
         prompt_start_X[shared] = S * np.arange(len(shared))
         prompt_table_BM[b, : len(shared)] = shared * owners + sample.place

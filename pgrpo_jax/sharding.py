@@ -3,7 +3,7 @@ of activations.
 
 Axes of the mesh: `data` splits the batch, `fsdp` the batch and the parameters, `tensor` heads, mlp
 width and vocabulary. Optimizer moments lie as their parameters do. The rollout has a layout of its
-own: weights in `models.decode.shardings`, pages of the cache in `decoding.cache_sharding`.
+own: weights in `models.decode.shardings`, pages of the cache in `models.cache.shardings`.
 """
 
 import functools
@@ -152,21 +152,24 @@ def axis_size(name: str) -> int:
 
 
 def on_devices(
-    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], axes: Sequence[str], out: str
-) -> Callable[..., jax.Array]:
+    function: Callable[..., Any],
+    arrays: Sequence[jax.Array],
+    axes: Sequence[str],
+    out: str | tuple[str, ...],
+) -> Callable[..., Any]:
     """`function` for a kernel: called on each device with its part of `arrays`, whose axes have
-    these letters. It needs no other part. `out` are the letters of its result."""
+    these letters. It needs no other part. `out` are the letters of its result, or of each of its
+    results; one that is in none of `arrays` is split as ACTIVATIONS says."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     specs = [activation_spec(x.shape, letters) for x, letters in zip(arrays, axes, strict=True)]
-    split = {
+    split = ACTIVATIONS | {
         a: s
         for spec, letters in zip(specs, axes, strict=True)
         for a, s in zip(letters, spec, strict=True)
     }
-    return jax.shard_map(
-        function, in_specs=tuple(specs), out_specs=P(*(split[a] for a in out)), check_vma=False
-    )
+    places = jax.tree.map(lambda letters: P(*(split.get(a) for a in letters)), out)
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=places, check_vma=False)
 
 
 def activation_spec(shape: tuple[int, ...], axes: str) -> P:

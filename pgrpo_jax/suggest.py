@@ -149,7 +149,8 @@ def seconds(cfg: Config, arch: Architecture, chip: topology.Chip, chips: int) ->
     rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations
     length = cfg.rollout.prompt_buckets[-1] + cfg.rollout.max_completion_length
     compute: Compute = cfg.policy.compute
-    work = roofline.training(arch, compute, rows, length, logits=True)
+    drawn = cfg.rollout.max_completion_length
+    work = roofline.training(arch, compute, rows, length, predicted=drawn)
     steps = rows / cfg.update.micro_batch_size
     layers = roofline.layers(arch, 1) / 2  # weights of the layers
     width, split = 2.0 if compute.dtype == "bfloat16" else 4.0, cfg.mesh.tensor

@@ -1,24 +1,16 @@
 """TPU slices that need not be there: their compiler's view of them, and what a chip can do.
 
-The compiler is libtpu, which runs on any x86-64 Linux machine; one process at a time may have it.
+The compiler is libtpu, which runs on any x86-64 Linux machine.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import importlib.util
-import logging
 import os
-import pathlib
 import re
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +35,13 @@ CHIPS = {
 }
 
 
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 def chip(name: str) -> Chip:
     """The chip of a slice such as "v5p:4x4x4". Raises ValueError for another form or chip."""
     if not re.fullmatch(r"v\w+:\d+x\d+(x\d+)?", name) or name.split(":")[0] not in CHIPS:
@@ -56,6 +55,9 @@ def chip(name: str) -> Chip:
 def devices(name: str) -> list[jax.Device]:
     """The devices of a slice, to compile for and not to run on.
 
+    From then on this process runs on its CPU and keeps no compiled programs on disk: no device
+    could load them. Several processes may compile at one time.
+
     Raises:
       ValueError: the name has another form, or the compiler knows no such slice.
       ImportError: there is no libtpu.
@@ -66,6 +68,10 @@ def devices(name: str) -> list[jax.Device]:
             "compiling for TPUs needs libtpu, the TPU compiler, which is not installed: "
             "`pip install -e '.[tpu]'` (it needs no TPU)"
         )
+    # libtpu would look for a TPU in this machine, and refuse a second process that loads it.
+    os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
     if name.endswith(":1x1"):  # one chip, as Colab lends it, is not a host of four
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
@@ -73,22 +79,3 @@ def devices(name: str) -> list[jax.Device]:
     except Exception as error:  # XLA's own type, with a line of C++ for a message
         raise ValueError(f"the TPU compiler knows no slice {name!r}: {error}") from error
     return list(description.devices)
-
-
-@contextlib.contextmanager
-def compiler() -> Iterator[None]:
-    """Has libtpu to itself for the length of the block, and keeps it from asking for a TPU.
-
-    Must be entered before jax first looks for devices. Waits for another process that has it.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    jax.config.update("jax_platforms", "cpu")
-    path = pathlib.Path(tempfile.gettempdir()) / "pgrpo_jax_libtpu.lock"
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.warning("another process compiles for a TPU; waiting for it (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

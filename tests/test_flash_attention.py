@@ -223,6 +223,6 @@ def test_it_lowers_for_tpus(model):
 @pytest.mark.parametrize("chip", tpu_topology.SLICES)
 def test_it_compiles_for_tpus(chip, model):
     both, shapes = cases(**MODELS[model])
-    with tpu_topology.one_device(chip) as place:
-        compiled = tpu_topology.compile_on(place, both, *shapes)
+    place = tpu_topology.one_device(chip)
+    compiled = tpu_topology.compile_on(place, both, *shapes)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2

@@ -14,7 +14,8 @@ FLOORS = {
     7: "sft make_pairs train_reward evaluate rewards canaries",
     6: "start fit update supervised report summary sandbox sandbox_server rollout",
     5: "models.reward checkpoint sandbox_pool reshard decoding",
-    4: "models.decoder models.load data sandbox_work sandbox_zygote models.decode",
+    4: "models.decoder models.load data sandbox_work sandbox_zygote models.decode "
+    "models.kernel_cache",
     3: "models.attention models.cache models.logprobs problems sampling sandbox_tests "
     "sandbox_check",
     2: "sandbox_slot models.layers tokenizer optimizer configs sandbox_run "

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pgrpo_jax.kernels import paged_attention
-from pgrpo_jax.kernels.paged_kernel import Blocks
+from pgrpo_jax.kernels.paged_kernel import FLOOR, Blocks
 
 LAYERS = 2
 
@@ -41,12 +41,17 @@ def assert_both_agree(case, blocks, tolerance, interpret=True):
     q, k, v, pages, layer, table, lengths = case
     read, write = kernels(blocks, interpret)
     wanted = paged_attention.reference(q, pages, layer, table, lengths)
-    got = read(q, pages, layer, table, lengths)
-    np.testing.assert_allclose(np.float32(got), np.float32(wanted), atol=tolerance)
-    wanted, wanted_pages = paged_attention.reference_write(q, k, v, pages, layer, table, lengths)
-    got, got_pages = write(q, k, v, pages, layer, table, lengths)
-    np.testing.assert_allclose(np.float32(got), np.float32(wanted), atol=tolerance)
+    assert_close(read(q, pages, layer, table, lengths), wanted, tolerance)
+    *wanted, wanted_pages = paged_attention.reference_write(q, k, v, pages, layer, table, lengths)
+    *got, got_pages = write(q, k, v, pages, layer, table, lengths)
+    assert_close(got, wanted, tolerance)
     np.testing.assert_array_equal(got_pages, wanted_pages)
+
+
+def assert_close(got, wanted, tolerance):
+    """Outputs to `tolerance`; lse, of numbers up to 10, to a few float32 roundings of these."""
+    np.testing.assert_allclose(np.float32(got[0]), np.float32(wanted[0]), atol=tolerance)
+    np.testing.assert_allclose(got[1], wanted[1], atol=5e-6)
 
 
 def block_bytes(K, S, H, pages):
@@ -79,8 +84,8 @@ def test_the_kernels_do_what_the_reference_does(shape, blocks):
 def test_in_bfloat16_they_differ_from_float32_by_its_rounding():
     shape = {"K": 2, "group": 7, "H": 128, "M": 4}
     q, _, _, pages, layer, table, lengths = draw(3, [64, 0, 33, 5], **shape, dtype="bfloat16")
-    got = kernels(Blocks(2**15), True)[0](q, pages, layer, table, lengths)
-    wanted = paged_attention.reference(
+    got, _ = kernels(Blocks(2**15), True)[0](q, pages, layer, table, lengths)
+    wanted, _ = paged_attention.reference(
         q.astype(jnp.float32), pages.astype(jnp.float32), layer, table, lengths
     )
     assert got.dtype == jnp.bfloat16
@@ -98,13 +103,25 @@ def test_no_copy_races_with_another_or_with_its_use(lengths, capsys):
 
 def test_the_reference_is_attention_over_the_slots_own_keys():
     q, _, _, pages, layer, table, lengths = draw(1, [0, 17, 48, 1, 32])
-    got = paged_attention.reference(q, pages, layer, table, lengths)
-    assert not got[0].any()
+    got, lse = paged_attention.reference(q, pages, layer, table, lengths)
+    assert not got[0].any() and (lse[0] == FLOOR).all()
     for b in range(1, 5):
         kv_TKI = np.concatenate([pages[1, page].swapaxes(0, 1) for page in table[b]])
         k_1TKH, v_1TKH = np.split(kv_TKI[None, : lengths[b]], 2, axis=-1)
         oracle = jax.nn.dot_product_attention(q[None, b : b + 1], k_1TKH, v_1TKH)
         np.testing.assert_allclose(got[b], oracle[0, 0], atol=1e-6)
+        k_TNH = np.repeat(k_1TKH[0], 3, axis=1)
+        sums = np.exp(np.einsum("NH,TNH->TN", q[b], k_TNH) / 8).sum(0)  # 8 = sqrt(64)
+        np.testing.assert_allclose(lse[b], np.log(sums), atol=1e-5)
+
+
+def test_stretches_of_a_slots_keys_merge_to_attention_over_all_of_them():
+    q, _, _, pages, layer, table, lengths = draw(6, [0, 40, 48, 3, 20])
+    read = kernels(Blocks(2**14))[0]
+    first, behind = jnp.minimum(lengths, 16), jnp.maximum(lengths - 16, 0)
+    parts = [read(q, pages, layer, t, n) for t, n in ((table, first), (table[:, 1:], behind))]
+    wanted, _ = read(q, pages, layer, table, lengths)
+    np.testing.assert_allclose(paged_attention.merged(parts), wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize("write", [paged_attention.reference_write, kernels(Blocks(1))[1]])
@@ -119,7 +136,7 @@ def test_token_by_token_it_is_causal_attention(write):
     for t in range(T):
         lengths = jnp.array([t + 1, max(t - 3, 0)], jnp.int32)  # the second starts 4 steps later
         at = np.array([t, max(t - 4, 0)])
-        out, pages = write(q[[0, 1], at], k[[0, 1], at], v[[0, 1], at], pages, 0, table, lengths)
+        out, _, pages = write(q[[0, 1], at], k[[0, 1], at], v[[0, 1], at], pages, 0, table, lengths)
         steps.append(out)
     wanted = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     got = jnp.stack(steps, axis=1)
@@ -134,16 +151,16 @@ def test_token_by_token_it_is_causal_attention(write):
 def test_what_is_not_a_slots_own_cannot_reach_it(function):
     """Every other layer, page and position is NaN; so is what an earlier block left in a buffer."""
     q, _, _, pages, layer, table, lengths = draw(4, [33, 5, 0, 48, 17])
-    wanted = function(q, pages, layer, table, lengths)
+    wanted, _ = function(q, pages, layer, table, lengths)
     own = np.zeros(pages.shape, bool)
     for pages_of_slot, length in zip(np.array(table), np.array(lengths), strict=True):
         for t in range(length):
             own[1, pages_of_slot[t // 16], :, t % 16] = True
     poisoned = jnp.where(own, pages, jnp.nan)
-    np.testing.assert_array_equal(function(q, poisoned, layer, table, lengths), wanted)
+    np.testing.assert_array_equal(function(q, poisoned, layer, table, lengths)[0], wanted)
     sick = jnp.where(jnp.arange(5)[:, None, None] == 3, jnp.nan, q)  # slot 3 alone
     others = np.array([0, 1, 2, 4])
-    got = function(sick, poisoned.at[1, table[3]].set(jnp.nan), layer, table, lengths)
+    got, _ = function(sick, poisoned.at[1, table[3]].set(jnp.nan), layer, table, lengths)
     np.testing.assert_array_equal(got[others], wanted[others])
 
 
@@ -154,8 +171,9 @@ def test_a_table_that_points_nowhere_reads_what_is_there():
     X, most = pages.shape[1], table.shape[1] * 16
     wild = table.at[0, 0].set(10**6).at[1, 1].set(-5)
     tame = table.at[0, 0].set(X - 1).at[1, 1].set(0)
-    got = read(q, pages, jnp.int32(7), wild, lengths.at[2].set(10**6))
-    np.testing.assert_array_equal(got, read(q, pages, layer, tame, lengths.at[2].set(most)))
+    got, _ = read(q, pages, jnp.int32(7), wild, lengths.at[2].set(10**6))
+    wanted, _ = read(q, pages, layer, tame, lengths.at[2].set(most))
+    np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +233,8 @@ def decode(q, k, v, pages, layers, table, lengths):
 
     def layer_step(carry, layer):
         q, pages = carry
-        return paged_attention.attend_write(q, k, v, pages, layer, table, lengths), None
+        q, _, pages = paged_attention.attend_write(q, k, v, pages, layer, table, lengths)
+        return (q, pages), None
 
     return jax.lax.scan(layer_step, (q, pages), layers)[0]
 
@@ -223,17 +242,17 @@ def decode(q, k, v, pages, layers, table, lengths):
 @pytest.mark.tpu
 @pytest.mark.parametrize("chip", tpu_topology.SLICES)
 def test_it_compiles_for_the_chip_and_never_copies_the_cache(chip):
-    with tpu_topology.one_device(chip) as place:
-        for N, K, H, S in MODELS:
-            q, k, v, pages, layer, *rest = shapes(64, N, K, H, S, 2048 // S)
-            tpu_topology.compile_on(place, paged_attention.attend, q, pages, layer, *rest)
-            layers = jax.ShapeDtypeStruct((4,), jnp.int32)
-            arguments = [
-                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-                for x in (q, k, v, pages, layers, *rest)
-            ]
-            compiled = jax.jit(decode, donate_argnums=3).lower(*arguments).compile()
-            memory = compiled.memory_analysis()
-            cache_bytes = pages.size * pages.dtype.itemsize
-            assert memory.alias_size_in_bytes >= cache_bytes
-            assert memory.temp_size_in_bytes < cache_bytes / 8
+    place = tpu_topology.one_device(chip)
+    for N, K, H, S in MODELS:
+        q, k, v, pages, layer, *rest = shapes(64, N, K, H, S, 2048 // S)
+        tpu_topology.compile_on(place, paged_attention.attend, q, pages, layer, *rest)
+        layers = jax.ShapeDtypeStruct((4,), jnp.int32)
+        arguments = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            for x in (q, k, v, pages, layers, *rest)
+        ]
+        compiled = jax.jit(decode, donate_argnums=3).lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        cache_bytes = pages.size * pages.dtype.itemsize
+        assert memory.alias_size_in_bytes >= cache_bytes
+        assert memory.temp_size_in_bytes < cache_bytes / 8

@@ -253,7 +253,7 @@ def test_a_completion_that_lost_its_pages_is_written_again_as_it_was(monkeypatch
 
 
 def test_memory_for_less_than_one_completion_is_refused(monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda mesh: 3000)
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: (18 + 4) * 512 / 0.8 + 1)
     with pytest.raises(ValueError, match="4 pages of 4 tokens fit .* one completion needs 10"):
         sampled(engine())
 
