@@ -32,10 +32,15 @@ class Pool(flax.struct.PyTreeNode):
     The layers are arrays of their own, so that a token is written in place and a page is read where
     it lies: a slice of one great array would be copied before it is multiplied. So would keys that
     do not lie as their product wants them, with tokens in the last axis.
+
+    In int8 each key and each value has a scale, float32, that turns its H numbers back into what
+    they were to one part in 254 of the largest; there are none in other dtypes.
     """
 
     k_LXKHS: tuple[jax.Array, ...]
     v_LXKSH: tuple[jax.Array, ...]
+    k_scale_LXK1S: tuple[jax.Array, ...] = ()
+    v_scale_LXKS1: tuple[jax.Array, ...] = ()
 
     @property
     def pages(self) -> int:
@@ -96,11 +101,15 @@ class Partial(flax.struct.PyTreeNode):
 
 def empty(arch: Architecture, dtype: str, pages: int, page_size: int) -> Pool:
     """A pool in which nothing is written yet."""
-    K, H = arch.kv_heads, arch.head_dim
-    return Pool(
-        tuple(jnp.zeros((pages, K, H, page_size), dtype) for _ in range(arch.layers)),
-        tuple(jnp.zeros((pages, K, page_size, H), dtype) for _ in range(arch.layers)),
-    )
+    K, H, S = arch.kv_heads, arch.head_dim, page_size
+
+    def layers(*shape: int, dtype: str = dtype) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros((pages, K, *shape), dtype) for _ in range(arch.layers))
+
+    if dtype != "int8":
+        return Pool(layers(H, S), layers(S, H))
+    scales = layers(1, S, dtype="float32"), layers(S, 1, dtype="float32")
+    return Pool(layers(H, S), layers(S, H), *scales)
 
 
 def grown(pool: Any, pages: int, parts: int) -> Any:
@@ -114,10 +123,10 @@ def grown(pool: Any, pages: int, parts: int) -> Any:
     return jax.tree.map(one, pool)
 
 
-def shardings(arch: Architecture, mesh: Mesh) -> Cache:
+def shardings(arch: Architecture, dtype: str, mesh: Mesh) -> Cache:
     """Pages over data and fsdp, key heads over tensor where it divides them."""
     place = NamedSharding(mesh, Spec(*sharding.batch(mesh).spec, head_axis(arch, mesh)))
-    pool = Pool((place,) * arch.layers, (place,) * arch.layers)
+    pool = jax.tree.map(lambda _: place, jax.eval_shape(lambda: empty(arch, dtype, 1, 1)))
     return Cache(pool, pool)
 
 
@@ -129,10 +138,14 @@ def write_tokens(
     pool: Pool, layer: int, page_B: jax.Array, offset_B: jax.Array, k_BKH: jax.Array, v_BKH
 ) -> Pool:
     """One token a slot; a page number of X writes nothing."""
-    k_XKHS, v_XKSH = pool.k_LXKHS[layer], pool.v_LXKSH[layer]
-    k_XKHS = k_XKHS.at[page_B, :, :, offset_B].set(k_BKH.astype(k_XKHS.dtype), mode="drop")
-    v_XKSH = v_XKSH.at[page_B, :, offset_B].set(v_BKH.astype(v_XKSH.dtype), mode="drop")
-    return _with_layer(pool, layer, k_XKHS, v_XKSH)
+
+    def put_k(x_XKHS: jax.Array, new_BKH: jax.Array) -> jax.Array:
+        return x_XKHS.at[page_B, :, :, offset_B].set(new_BKH, mode="drop")
+
+    def put_v(x_XKSH: jax.Array, new_BKH: jax.Array) -> jax.Array:
+        return x_XKSH.at[page_B, :, offset_B].set(new_BKH, mode="drop")
+
+    return _written(pool, layer, (k_BKH, v_BKH), (put_k, put_v))
 
 
 def write_pages(
@@ -140,29 +153,55 @@ def write_pages(
 ) -> Pool:
     """R rows of T = M * S tokens, whole pages; a page number of X writes nothing."""
 
-    def paged(x_RTKH: jax.Array, order: tuple[int, ...]) -> jax.Array:
-        R, T, K, H = x_RTKH.shape
-        return x_RTKH.reshape(R, T // pool.page_size, pool.page_size, K, H).transpose(order)
+    def put(x: jax.Array, new_RTKH: jax.Array, order: tuple[int, ...]) -> jax.Array:
+        R, T, K, H = new_RTKH.shape
+        new_RMSKH = new_RTKH.reshape(R, T // pool.page_size, pool.page_size, K, H)
+        return x.at[page_RM].set(new_RMSKH.transpose(order), mode="drop")
 
-    k_XKHS, v_XKSH = pool.k_LXKHS[layer], pool.v_LXKSH[layer]
-    k_RMKHS, v_RMKSH = paged(k_RTKH, (0, 1, 3, 4, 2)), paged(v_RTKH, (0, 1, 3, 2, 4))
-    k_XKHS = k_XKHS.at[page_RM].set(k_RMKHS.astype(k_XKHS.dtype), mode="drop")
-    v_XKSH = v_XKSH.at[page_RM].set(v_RMKSH.astype(v_XKSH.dtype), mode="drop")
-    return _with_layer(pool, layer, k_XKHS, v_XKSH)
+    def put_k(x_XKHS: jax.Array, new_RTKH: jax.Array) -> jax.Array:
+        return put(x_XKHS, new_RTKH, (0, 1, 3, 4, 2))
+
+    def put_v(x_XKSH: jax.Array, new_RTKH: jax.Array) -> jax.Array:
+        return put(x_XKSH, new_RTKH, (0, 1, 3, 2, 4))
+
+    return _written(pool, layer, (k_RTKH, v_RTKH), (put_k, put_v))
 
 
-def _with_layer(pool: Pool, layer: int, k_XKHS: jax.Array, v_XKSH: jax.Array) -> Pool:
-    def put(arrays: tuple[jax.Array, ...], new: jax.Array) -> tuple[jax.Array, ...]:
-        return (*arrays[:layer], new, *arrays[layer + 1 :])
+# From an array of a pool and what is new in it, [..., K, H] or a scale's [..., K, 1].
+_Put = Callable[[jax.Array, jax.Array], jax.Array]
 
-    k_XKHS, v_XKSH = sharding.constrain(k_XKHS, "XKHS"), sharding.constrain(v_XKSH, "XKSH")
-    return Pool(put(pool.k_LXKHS, k_XKHS), put(pool.v_LXKSH, v_XKSH))
+
+def _written(
+    pool: Pool, layer: int, new: tuple[jax.Array, jax.Array], put: tuple[_Put, _Put]
+) -> Pool:
+    """The pool with new keys and values, which `put` puts where they belong."""
+    arrays = [pool.k_LXKHS, pool.v_LXKSH, pool.k_scale_LXK1S, pool.v_scale_LXKS1]
+    if pool.k_scale_LXK1S:
+        (k, k_scale), (v, v_scale) = map(_quantised, new)
+        changes = [k, v, k_scale, v_scale]
+    else:
+        changes = [x.astype(pool.k_LXKHS[layer].dtype) for x in new]
+    for i, change in enumerate(changes):
+        axes = ("XKHS", "XKSH")[i % 2]
+        changed = sharding.constrain(put[i % 2](arrays[i][layer], change), axes)
+        arrays[i] = (*arrays[i][:layer], changed, *arrays[i][layer + 1 :])
+    return Pool(*arrays)
+
+
+def _quantised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 [..., H], and the scale [..., 1] to multiply it with."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1, keepdims=True) / 127
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
 
 
 def read_pages(pool: Pool, layer: int, page_RM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of whole pages side by side, [R, M * S, K, H]."""
-    k_RMSKH = pool.k_LXKHS[layer][page_RM].transpose(0, 1, 4, 2, 3)
-    v_RMSKH = pool.v_LXKSH[layer][page_RM].transpose(0, 1, 3, 2, 4)
+    k_RMKHS, v_RMKSH = pool.k_LXKHS[layer][page_RM], pool.v_LXKSH[layer][page_RM]
+    if pool.k_scale_LXK1S:
+        k_RMKHS = k_RMKHS * pool.k_scale_LXK1S[layer][page_RM]
+        v_RMKSH = v_RMKSH * pool.v_scale_LXKS1[layer][page_RM]
+    k_RMSKH, v_RMSKH = k_RMKHS.transpose(0, 1, 4, 2, 3), v_RMKSH.transpose(0, 1, 3, 2, 4)
     R, M, S, K, H = k_RMSKH.shape
     return k_RMSKH.reshape(R, M * S, K, H), v_RMSKH.reshape(R, M * S, K, H)
 
@@ -175,15 +214,25 @@ def partial(
     S, H, owners = pool.page_size, q_BKGH.shape[3], places.owner_XO.shape[1]
     q_XOKGH = sharding.constrain((q_BKGH * H**-0.5)[places.owner_XO], "XOKGH")
     scores_XKOGS = jnp.einsum(
-        "XOKGH,XKHS->XKOGS", q_XOKGH, k_XKHS, preferred_element_type=jnp.float32
+        "XOKGH,XKHS->XKOGS",
+        q_XOKGH,
+        k_XKHS.astype(q_XOKGH.dtype),
+        preferred_element_type=jnp.float32,
     )
+    if pool.k_scale_LXK1S:
+        scores_XKOGS = scores_XKOGS * pool.k_scale_LXK1S[layer][:, :, None]
     valid_XO = length_B[places.owner_XO] - places.start_X[:, None]
     mask_XOS = jnp.arange(S)[None, None] < valid_XO[..., None]
     mask_XKOGS = jnp.broadcast_to(mask_XOS[:, None, :, None], scores_XKOGS.shape)
     floor = jnp.finfo(scores_XKOGS.dtype).min
     top_XKOG = jnp.where(mask_XKOGS, scores_XKOGS, floor).max(-1)
     weights_XKOGS = jnp.where(mask_XKOGS, jnp.exp(scores_XKOGS - top_XKOG[..., None]), 0)
-    value_XKOGH = jnp.einsum("XKOGS,XKSH->XKOGH", weights_XKOGS.astype(v_XKSH.dtype), v_XKSH)
+    scaled_XKOGS = weights_XKOGS
+    if pool.v_scale_LXKS1:
+        scaled_XKOGS = scaled_XKOGS * pool.v_scale_LXKS1[layer][:, :, None, None, :, 0]
+    value_XKOGH = jnp.einsum(
+        "XKOGS,XKSH->XKOGH", scaled_XKOGS.astype(q_XOKGH.dtype), v_XKSH.astype(q_XOKGH.dtype)
+    )
     page_BM, owner_BM = places.table_BM // owners, places.table_BM % owners
 
     def by_slot(y: jax.Array) -> jax.Array:

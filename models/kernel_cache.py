@@ -53,7 +53,7 @@ def empty(arch: Architecture, dtype: str, pages: int, page_size: int) -> Pool:
     return Pool(tuple(jnp.zeros(shape, dtype) for _ in range(arch.layers)))
 
 
-def shardings(arch: Architecture, mesh: Mesh) -> Cache:
+def shardings(arch: Architecture, dtype: str, mesh: Mesh) -> Cache:
     """Own pages over data and fsdp, key heads of both kinds over tensor where it divides them."""
     heads = cache.head_axis(arch, mesh)
 

@@ -237,6 +237,7 @@ class RolloutConfig(Settings):
     prompt_buckets: tuple[Positive, ...] = (256, 512, 1024)  # tokens; prompts are padded to these
     batch_size: Count = 0  # slots: completions decoded together; 0: all of a step
     page_size: Positive = 64  # tokens of a page of the key/value cache
+    cache_dtype: Literal["compute", "int8"] = "compute"  # int8: half of bfloat16, plain attention
     prefill_tokens: Positive = 4096  # of prompts, computed between two visits of the host
     memory_fraction: Fraction = 0.8  # of the free memory, that the cache may take
     filter_groups: Literal["none", "outcome", "reward"] = "none"  # redraw groups that are all alike

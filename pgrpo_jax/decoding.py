@@ -60,7 +60,7 @@ def decode(
     leave: jax.Array,
     *,
     arch: Architecture,
-    compute: Compute,
+    pages: types.ModuleType,
     truncate: Callable[[jax.Array], jax.Array] | None,
     stop_ids: tuple[int, ...],
 ) -> tuple[caches.Cache, Tokens]:
@@ -69,7 +69,7 @@ def decode(
     prompt = caches.Places(batch.prompt_owner_XO, batch.prompt_start_X, batch.prompt_table_BM)
     own = caches.Places(batch.own_owner_X1, batch.own_start_X, batch.own_table_BM)
     slots = caches.Slots(prompt, own, batch.prompt_B, batch.live_B)
-    over_pages = layout(arch, compute).over_pages(slots)
+    over_pages = pages.over_pages(slots)
     stop_1N = jnp.array(stop_ids, jnp.int32)[None]
     fold_in = jax.vmap(jax.random.fold_in)
     key_B = fold_in(jax.vmap(jax.random.fold_in, (None, 0))(key, batch.problem_B), batch.sample_B)
@@ -122,10 +122,11 @@ def prefill(
     *,
     arch: Architecture,
     compute: Compute,
+    pages: types.ModuleType,
 ) -> caches.Cache:
     """The cache with the keys and values of a piece of each prompt."""
     R, T = prompts.ids_RT.shape
-    pool, pages = cache.prompt, layout(arch, compute)
+    pool = cache.prompt
     columns_1T = jnp.arange(T)[None]
     segments_RT = (columns_1T < prompts.count_R[:, None]).astype(jnp.int32)
     positions_RT = columns_1T + prompts.before_R[:, None]
@@ -161,10 +162,10 @@ def prefill(
     return caches.Cache(pool, cache.own)
 
 
-def layout(arch: Architecture, compute: Compute) -> types.ModuleType:
+def layout(arch: Architecture, compute: Compute, cache_dtype: str) -> types.ModuleType:
     """Whose pages the cache has: those of the kernel where `compute.attention` is "pallas", but for
-    heads that the kernel does not know."""
+    heads and a dtype that the kernel does not know."""
     if compute.attention == "auto":
         compute = attention.resolve(compute, jax.default_backend())
-    kernel = compute.attention == "pallas" and arch.head_dim % kernel_cache.HEAD_DIM == 0
-    return kernel_cache if kernel else caches
+    known = arch.head_dim % kernel_cache.HEAD_DIM == 0 and cache_dtype != "int8"
+    return kernel_cache if known and compute.attention == "pallas" else caches

@@ -305,7 +305,7 @@ def _rollout(
     limit, page = settings.max_completion_length, sizes.page_size
     live = min(sizes.slots, sizes.own_pages // sizes.own_table)
     context = bucket + limit / 2
-    if decoding.layout(policy, cfg.policy.compute) is kernel_cache:
+    if engine.pages is kernel_cache:
         pairs = int(sizes.slots * context)
     else:  # all that the cache has room for
         pairs = (sizes.prompt_pages * sizes.owners + sizes.own_pages) * page

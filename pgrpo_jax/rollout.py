@@ -88,15 +88,16 @@ class Engine:
         self._roomy: set[scheduler.Sizes] = set()
         self.warm: set[scheduler.Sizes] = set()
         self.statistics = Statistics()
-        pages = decoding.layout(arch, compute)
-        everywhere, cache = sharding.replicated(mesh), pages.shardings(arch, mesh)
+        cache_dtype = compute.dtype if cfg.cache_dtype == "compute" else cfg.cache_dtype
+        self.pages = pages = decoding.layout(arch, compute, cache_dtype)
+        everywhere, cache = sharding.replicated(mesh), pages.shardings(arch, cache_dtype, mesh)
         self.prepare = reshard.compile_reshard(arch, compute, mesh)
-        prefill = functools.partial(decoding.prefill, arch=arch, compute=compute)
+        prefill = functools.partial(decoding.prefill, arch=arch, compute=compute, pages=pages)
         self.prefill = jax.jit(sharding.on(mesh, prefill), donate_argnums=1, out_shardings=cache)
         chunk = functools.partial(
             decoding.decode,
             arch=arch,
-            compute=compute,
+            pages=pages,
             truncate=sampling.truncation(cfg.top_k, cfg.top_p),
             stop_ids=tuple(stop_ids),
         )
@@ -105,7 +106,7 @@ class Engine:
             donate_argnums=1,
             out_shardings=(cache, everywhere),
         )
-        empty = functools.partial(pages.empty, arch, compute.dtype)
+        empty = functools.partial(pages.empty, arch, cache_dtype)
 
         def empty_cache(prompt_pages: int, own_pages: int, page_size: int) -> caches.Cache:
             return caches.Cache(empty(prompt_pages, page_size), empty(own_pages, page_size))

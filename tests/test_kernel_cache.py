@@ -114,9 +114,10 @@ def test_a_completion_that_lost_its_pages_is_written_again_on_a_mesh_too(monkeyp
 
 def test_heads_that_the_kernel_does_not_know_are_attended_in_plain_jnp():
     small = Architecture(vocab_size=32, width=16, layers=1, heads=2, kv_heads=1, head_dim=32, mlp=8)
-    assert decoding.layout(small, Compute(attention="pallas")) is cache
-    assert decoding.layout(ARCH, Compute(attention="pallas")) is kernel_cache
-    assert decoding.layout(ARCH, Compute()) is cache  # "auto" on this machine
+    assert decoding.layout(small, Compute(attention="pallas"), "bfloat16") is cache
+    assert decoding.layout(ARCH, Compute(attention="pallas"), "bfloat16") is kernel_cache
+    assert decoding.layout(ARCH, Compute(attention="pallas"), "int8") is cache
+    assert decoding.layout(ARCH, Compute(), "float32") is cache  # "auto" on this machine
 
 
 @pytest.mark.tpu

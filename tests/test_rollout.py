@@ -157,6 +157,30 @@ def test_bfloat16_samples_have_nearly_the_log_probabilities_of_the_full_forward(
     assert distances.max() < 0.3 and distances.mean() < 0.02
 
 
+def test_a_cache_in_int8_is_smaller_and_moves_log_probabilities_little():
+    small = engine(cache_dtype="int8")
+    sizes = small.sizes(8, 4)
+    # A key or a value of 4 numbers: 4 bytes and a scale of 4, where there were 16.
+    assert 2 * small.cache_bytes(sizes) == shared().cache_bytes(sizes)
+    differences = np.concatenate(
+        [c.logps - recomputed(c, CFG.temperature)[0] for c in sampled(small).values()]
+    )
+    assert 1e-5 < np.abs(differences).mean() < 0.02
+    assert np.abs(differences).max() < 0.2
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 3}, {"prompt_buckets": (24,)}])
+def test_what_int8_makes_of_a_completion_does_not_depend_on_how_it_was_computed(settings):
+    wanted = tokens(sampled(engine(cache_dtype="int8")))
+    assert tokens(sampled(engine(cache_dtype="int8", **settings))) == wanted
+
+
+def test_eight_devices_with_caches_in_int8_sample_what_one_samples():
+    wanted = sampled(engine(cache_dtype="int8"))
+    got = sampled(engine(cache_dtype="int8", mesh=lambda _: mesh(8, 2)))
+    assert tokens(got) == tokens(wanted)
+
+
 def test_greedy_takes_the_likeliest_token_and_the_log_probability_of_temperature_1():
     for completion in sampled(shared(), samples=1, temperature=0.0).values():
         logp_T, logits_TV = recomputed(completion, 1.0)
