@@ -132,6 +132,7 @@ OTHER = {
     "accuracy": "rigor",
     "own": "policy",
     "policy": "own",
+    "compute": "int8",
 }
 
 
