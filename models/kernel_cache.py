@@ -23,9 +23,7 @@ from pgrpo_jax.config import Architecture
 from pgrpo_jax.kernels import paged_attention
 from pgrpo_jax.kernels.paged_kernel import BLOCKS, Blocks
 from pgrpo_jax.models import cache
-from pgrpo_jax.models.cache import Cache, grown
-
-__all__ = ["HEAD_DIM", "empty", "grown", "over_pages", "read_pages", "shardings", "write_pages"]
+from pgrpo_jax.models.cache import Cache
 
 HEAD_DIM = 64  # the kernel knows multiples of it
 SCORE_BYTES = 2**20  # of a block, for all queries of a prompt
