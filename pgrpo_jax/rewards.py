@@ -76,7 +76,7 @@ class ThinkingScorer:
     """R_t = sigmoid(s(problem, reasoning)), in batches of few shapes.
 
     With `settings.offload` the parameters lie in the host's memory and are on the device for the
-    length of a batch: drop your own reference to `params`.
+    length of a call of `Scores.finish`: drop your own reference to `params`.
     """
 
     def __init__(
@@ -128,9 +128,12 @@ class ThinkingScorer:
         """What the model reads."""
         return self._words.reward_ids(statement, reasoning)
 
-    def start(self, ids: Sequence[Sequence[int]], length: int) -> jax.Array:
-        """Scores of a batch's rows, without waiting for them."""
-        params = jax.device_put(self.params, self._places)  # moves nothing unless they are away
+    def on_device(self) -> Any:
+        """The parameters where they are computed with; moves nothing unless they are away."""
+        return jax.device_put(self.params, self._places)
+
+    def start(self, params: Any, ids: Sequence[Sequence[int]], length: int) -> jax.Array:
+        """Scores of a batch's rows by `on_device` parameters, without waiting for them."""
         ids_BT = np.full((self.size, length), self._words.pad_id, np.int32)
         segments_BT = np.zeros_like(ids_BT)
         for row, some in enumerate(ids):
@@ -164,24 +167,25 @@ class Scores:
         self._waiting[length].append((number, ids))
         if self._scorer.eager and len(self._waiting[length]) == self._scorer.size:
             self.early += self._scorer.size
-            self._begin(length)
+            self._begin(length, self._scorer.on_device())
 
     def finish(self) -> np.ndarray:
         """R_t in the order of `add`, float32; NaN for a row over the length limit."""
+        params = self._scorer.on_device()
         missing = [math.ceil(len(rows) / self._scorer.size) for rows in self._waiting.values()]
         every = zip(*hosts.gather(missing), strict=True)  # another process may have more
         for length, counts in zip(self._waiting, every, strict=True):
             for _ in range(max(counts)):
-                self._begin(length)
+                self._begin(length, params)
         scores = np.full(self._count, np.nan, np.float32)
         for numbers, batch in self._begun:
             scores[numbers] = sharding.local_rows(batch)[: len(numbers)]
         return scores
 
-    def _begin(self, length: int) -> None:
+    def _begin(self, length: int, params: Any) -> None:
         rows, size = self._waiting[length], self._scorer.size
         batch, self._waiting[length] = rows[:size], rows[size:]
-        scores = self._scorer.start([ids for _, ids in batch], length)
+        scores = self._scorer.start(params, [ids for _, ids in batch], length)
         self._begun.append(([number for number, _ in batch], scores))
 
 

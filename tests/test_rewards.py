@@ -271,11 +271,14 @@ def test_full_batches_are_begun_while_pairs_still_come_and_change_no_score():
 
 
 def test_a_model_in_the_hosts_memory_waits_for_the_last_pair():
-    scores = thinking_scorer(thinking_batch_size=1, offload=True).begin()
+    scorer = thinking_scorer(thinking_batch_size=1, offload=True)
+    scores, moves, on_device = scorer.begin(), [], scorer.on_device
+    scorer.on_device = lambda: moves.append("in") or on_device()
     for read in PAIRS:
         scores.add(*read)
-    assert scores.early == 0
+    assert scores.early == 0 and not moves
     np.testing.assert_allclose(scores.finish(), thinking_scorer()(PAIRS), atol=1e-6)
+    assert moves == ["in"]  # once for all batches
 
 
 def test_what_is_judged_late_is_scored_too():
