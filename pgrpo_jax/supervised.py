@@ -51,13 +51,7 @@ def compile_sft(
         return optimizer.apply(state, grads, tx), metrics
 
     params = jax.eval_shape(lambda key: decoder.init(arch, compute, key), jax.random.key(0))
-    places = optimizer.state_shardings(params, tx, mesh)
-    return jax.jit(
-        sharding.on(mesh, step),
-        donate_argnums=0,
-        in_shardings=(places, sharding.batch(mesh)),
-        out_shardings=(places, sharding.replicated(mesh)),
-    )
+    return _jitted(step, params, tx, mesh)
 
 
 def compile_reward_update(
@@ -90,6 +84,11 @@ def compile_reward_update(
 
     compute = cfg.reward_model.compute
     params = jax.eval_shape(lambda key: reward.init(arch, compute, key), jax.random.key(0))
+    return _jitted(step, params, tx, mesh)
+
+
+def _jitted(step: Callable[..., Any], params: Any, tx: Any, mesh: jax.sharding.Mesh) -> Any:
+    """(state, batch) -> (state, metrics), of a state with parameters like `params`."""
     places = optimizer.state_shardings(params, tx, mesh)
     return jax.jit(
         sharding.on(mesh, step),
