@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from benchmarks import workers
-from pgrpo_jax import allocator, optimizer, packing, sharding, types, update
+from pgrpo_jax import allocator, optimizer, sharding, types, update
 from pgrpo_jax import config as c
 from pgrpo_jax.models import load
 
@@ -24,9 +24,9 @@ class Answers:
 
     def __init__(self, checkpoint: str):
         self._mesh = sharding.make_mesh(c.MeshConfig())
-        arch, params = load.load_policy(checkpoint, c.Compute(), self._mesh)
+        self._arch, params = load.load_policy(checkpoint, c.Compute(), self._mesh)
         compute = c.Compute(logprob_mb=LOGPROB_MB)
-        model = c.ModelConfig(architecture=arch, compute=compute)
+        model = c.ModelConfig(architecture=self._arch, compute=compute)
         self._cfg = c.Config(
             policy=model,
             reward_model=model,
@@ -35,7 +35,7 @@ class Answers:
             update=c.UpdateConfig(steps=1000, loss_type="sequence", micro_batch_size=ROWS),
         )
         tx = optimizer.build(self._cfg.update.optimizer, 1000)
-        self._update = update.compile_update(self._cfg, arch, self._mesh)
+        self._update = update.compile_update(self._cfg, self._arch, self._mesh)
         self._state = optimizer.init_state(params, tx, self._mesh)
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -61,9 +61,8 @@ class Answers:
                 job["prompts"], job["completions"], job["old_logps"], strict=True
             )
         ]
-        lengths = [len(x.prompt_ids) + len(x.ids) for x in completions]
-        batches, T = packing.pack(lengths, PROMPT + LONGEST, ROWS)
-        rows, micro_batches = update.packed(completions, batches, ROWS, T)
+        plan = update.plan(self._cfg, self._arch, self._mesh, completions)
+        rows, micro_batches = update.packed(completions, plan)
         B = len(completions)
         return update.UpdateBatch(
             rows=rows,

@@ -130,8 +130,8 @@ def layer_rows(chip: Chip) -> Iterator[str]:
         return jax.vjp(lambda params: forward(params, *rows), params)[1](dx_BTD)
 
     products = {
-        "forward": roofline.forward(arch, B, T, predicted=0).executed,
-        "forward and backward": roofline.training(arch, compute, B, T, predicted=0).executed,
+        "forward": roofline.forward(arch, roofline.rows(B, T)).executed,
+        "forward and backward": roofline.training(arch, compute, roofline.rows(B, T)).executed,
     }
     programs: dict[str, tuple[Callable, tuple[Any, ...]]] = {
         "forward": (forward, (params, ids, ids, ids)),

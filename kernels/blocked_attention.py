@@ -1,7 +1,8 @@
 """Attention in blocks of queries, in plain jnp: for processors without a kernel of their own.
 
 What `attention.reference` computes, for tokens that attend each other in the order of their
-columns: within a segment positions rise from left to right. A block of queries then needs no key
+columns: within a segment positions rise from left to right, and what it continues lies before it. A
+block of queries then needs no key
 behind its last column, and the gradient computes the weights again from their normaliser: nothing
 of [T, T] outlives its block (arXiv 2205.14135, algorithms 1 and 4).
 
@@ -26,9 +27,10 @@ def blocked_attention(
     v_BTKH: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array,
+    prefixes_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v -> out_BTNH; a token without a segment gives zeros."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, prefixes_BT)[0]
 
 
 def _blocks(T: int) -> list[slice]:
@@ -59,12 +61,12 @@ def _scores(q_BKEH, k_BKSH, mask_BCS):
     return jnp.where(mask_B1ES, scores_BKES, jnp.finfo(jnp.float32).min), mask_B1ES
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT):
+def _forward(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, prefixes_BT):
     K, H = k_BTKH.shape[2:]
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    outs, normalisers = [], []
+    rows, outs, normalisers = (positions_BT, segments_BT, prefixes_BT), [], []
     for block in _blocks(q_BTNH.shape[1]):
-        mask_BCS = _mask(positions_BT, segments_BT, block)
+        mask_BCS = _mask(rows, block)
         q_BKEH = _by_key_head(q_BTNH[:, block] * H**-0.5, K)
         scores_BKES, mask_B1ES = _scores(q_BKEH, k_BKTH[:, :, : block.stop], mask_BCS)
         top_BKE1 = scores_BKES.max(-1, keepdims=True)
@@ -77,18 +79,18 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT):
         outs.append(_by_column(out_BKEH, mask_BCS.shape[1]))
         normalisers.append(top_BKE1 + jnp.log(total_BKE1))
     out_BTNH = jnp.concatenate(outs, axis=1)
-    saved = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, out_BTNH, tuple(normalisers))
+    saved = (q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, tuple(normalisers))
     return out_BTNH, saved
 
 
 def _backward(saved, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, out_BTNH, normalisers = saved
+    q_BTNH, k_BTKH, v_BTKH, rows, out_BTNH, normalisers = saved
     K, H = k_BTKH.shape[2:]
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     dk_BKHT, dv_BKHT = (jnp.zeros((*x.shape[:2], H, x.shape[2]), x.dtype) for x in (k_BKTH, v_BKTH))
     dqs = []
     for block, normaliser_BKE1 in zip(_blocks(q_BTNH.shape[1]), normalisers, strict=True):
-        mask_BCS = _mask(positions_BT, segments_BT, block)
+        mask_BCS = _mask(rows, block)
         q_BKEH = _by_key_head(q_BTNH[:, block] * H**-0.5, K)
         k_BKSH, v_BKSH = k_BKTH[:, :, : block.stop], v_BKTH[:, :, : block.stop]
         dout_BKEH = _by_key_head(dout_BTNH[:, block], K)
@@ -107,13 +109,14 @@ def _backward(saved, dout_BTNH):
         dv_BKHT = dv_BKHT.at[before].add(jnp.einsum("BKEH,BKES->BKHS", dout_BKEH, weights_BKES))
     dq_BTNH = jnp.concatenate(dqs, axis=1)
     dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2) for x in (dk_BKHT, dv_BKHT))
-    return dq_BTNH, dk_BTKH, dv_BTKH, None, None
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, None, None
 
 
-def _mask(positions_BT: jax.Array, segments_BT: jax.Array, block: slice) -> jax.Array:
+def _mask(rows: tuple[jax.Array, jax.Array, jax.Array | None], block: slice) -> jax.Array:
     """mask_BCS of a block of queries and the keys up to its end."""
-    queries = positions_BT[:, block], segments_BT[:, block]
-    return attention.mask(*queries, positions_BT[:, : block.stop], segments_BT[:, : block.stop])
+    positions_BC, segments_BC, prefixes_BC = jax.tree.map(lambda x: x[:, block], rows)
+    positions_BS, segments_BS = (x[:, : block.stop] for x in rows[:2])
+    return attention.mask(positions_BC, segments_BC, positions_BS, segments_BS, prefixes_BC)
 
 
 blocked_attention.defvjp(_forward, _backward)

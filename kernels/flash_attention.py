@@ -1,9 +1,9 @@
 """Flash attention for TPUs: causal, grouped queries, packed rows; forward and fused backward.
 
-A query attends a key iff both lie in the same segment (a positive one; 0 is padding) and the key's
-column is not after the query's. Within a segment, tokens must therefore stand in the order of their
-positions. A query without any key gives zeros, and zero gradients. `reference` says the same in
-plain jnp.
+A query attends a key iff the key lies in the query's own segment (a positive one; 0 is padding) or
+in the one that this continues, and the key's column is not after the query's. Within a segment,
+tokens must therefore stand in the order of their positions, behind what they continue. A query
+without any key gives zeros, and zero gradients. `reference` says the same in plain jnp.
 
 Layouts: q_BTNH, k_BTKH, v_BTKH of one dtype (bfloat16, or float32), segments_BT int32; N is a
 multiple of K, query head n reads key head n // (N / K). Any T: rows are padded inside. Scores, sums
@@ -34,13 +34,14 @@ def reference(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array,
+    prefixes_BT: jax.Array | None = None,
     *,
     soft_cap: float | None = None,
 ) -> jax.Array:
     """`attention.reference` with columns for positions."""
     positions_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1])[None], segments_BT.shape)
     rows = (positions_BT, segments_BT)
-    return attention.reference(q_BTNH, k_BTKH, v_BTKH, *rows, *rows, soft_cap=soft_cap)
+    return attention.reference(q_BTNH, k_BTKH, v_BTKH, *rows, *rows, prefixes_BT, soft_cap=soft_cap)
 
 
 def flash_attention(
@@ -48,6 +49,7 @@ def flash_attention(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array,
+    prefixes_BT: jax.Array | None = None,
     *,
     soft_cap: float | None = None,
     forward: BlockSizes | None = None,
@@ -56,6 +58,9 @@ def flash_attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v -> out_BTNH, of q's dtype.
 
+    `prefixes_BT` names, for each token, the segment that its own continues, 0 for none; without it
+    the kernels compare less.
+
     `soft_cap` turns the logits into cap * tanh(logits / cap) before the mask. The block sizes
     are, unless given, FORWARD and BACKWARD, or those for a v4. `interpret` runs the kernels on any
     platform, slowly.
@@ -63,7 +68,8 @@ def flash_attention(
     Raises:
       ValueError: shapes or dtypes that the kernels cannot do.
     """
-    _check(q_BTNH, k_BTKH, v_BTKH, segments_BT, soft_cap)
+    ids = (segments_BT,) if prefixes_BT is None else (segments_BT, prefixes_BT)
+    _check(q_BTNH, k_BTKH, v_BTKH, ids, soft_cap)
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     is_float32, is_v4 = q_BTNH.dtype == jnp.float32, _is_v4()
     forward = forward or (FORWARD_V4 if is_v4 else FORWARD)
@@ -78,10 +84,11 @@ def flash_attention(
         interpret=interpret,
     )
     q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
-    return _flash(q_BNTH, k_BKTH, v_BKTH, segments_BT.astype(jnp.int32), static).swapaxes(1, 2)
+    ids_BMT = jnp.stack(ids, axis=1).astype(jnp.int32)
+    return _flash(q_BNTH, k_BKTH, v_BKTH, ids_BMT, static).swapaxes(1, 2)
 
 
-def _check(q_BTNH, k_BTKH, v_BTKH, segments_BT, soft_cap) -> None:
+def _check(q_BTNH, k_BTKH, v_BTKH, ids, soft_cap) -> None:
     if q_BTNH.ndim != 4 or k_BTKH.ndim != 4:
         raise ValueError(
             f"flash attention wants q_BTNH and k_BTKH, got {q_BTNH.shape} and {k_BTKH.shape}"
@@ -94,11 +101,12 @@ def _check(q_BTNH, k_BTKH, v_BTKH, segments_BT, soft_cap) -> None:
             f"{N} query heads, got k {k_BTKH.shape} and v {v_BTKH.shape}; queries and keys are the "
             "same tokens, so a cache needs another kernel"
         )
-    if segments_BT.shape != (B, T) or not jnp.issubdtype(segments_BT.dtype, jnp.integer):
-        raise ValueError(
-            f"flash attention wants integer segments [{B}, {T}], got {segments_BT.dtype} "
-            f"{segments_BT.shape}"
-        )
+    for name, ids_BT in zip(("segments", "prefixes"), ids, strict=False):
+        if ids_BT.shape != (B, T) or not jnp.issubdtype(ids_BT.dtype, jnp.integer):
+            raise ValueError(
+                f"flash attention wants integer {name} [{B}, {T}], got {ids_BT.dtype} "
+                f"{ids_BT.shape}"
+            )
     dtypes = {x.dtype for x in (q_BTNH, k_BTKH, v_BTKH)}
     if len(dtypes) != 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         raise ValueError(
@@ -115,32 +123,32 @@ def _check(q_BTNH, k_BTKH, v_BTKH, segments_BT, soft_cap) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: Static):
-    return _flash_forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static)[0]
+def _flash(q_BNTH, k_BKTH, v_BKTH, ids_BMT, static: Static):
+    return _flash_forward(q_BNTH, k_BKTH, v_BKTH, ids_BMT, static)[0]
 
 
-def _flash_forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: Static):
+def _flash_forward(q_BNTH, k_BKTH, v_BKTH, ids_BMT, static: Static):
     T = q_BNTH.shape[2]
     tokens = round_up(T, static.forward.queries)
     q, k, v = (_pad(x, tokens, 2) for x in (q_BNTH, k_BKTH, v_BKTH))
-    out_BNTH, lse_BN1T = flash_forward.forward(q, k, v, _pad(segments_BT, tokens, 1), static)
+    out_BNTH, lse_BN1T = flash_forward.forward(q, k, v, _pad(ids_BMT, tokens, 2), static)
     out_BNTH, lse_BN1T = out_BNTH[:, :, :T], lse_BN1T[:, :, :, :T]
-    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, segments_BT, out_BNTH, lse_BN1T)
+    return out_BNTH, (q_BNTH, k_BKTH, v_BKTH, ids_BMT, out_BNTH, lse_BN1T)
 
 
 def _flash_backward(static: Static, residuals, dout_BNTH):
-    q_BNTH, k_BKTH, v_BKTH, segments_BT, out_BNTH, lse_BN1T = residuals
+    q_BNTH, k_BKTH, v_BKTH, ids_BMT, out_BNTH, lse_BN1T = residuals
     T = q_BNTH.shape[2]
     tokens = round_up(T, static.backward.queries)
     products_BNTH = out_BNTH.astype(jnp.float32) * dout_BNTH.astype(jnp.float32)
     # Padding gave zeros; what comes back for it may be anything, and means nothing.
-    delta_BNT = jnp.where(segments_BT[:, None] > 0, products_BNTH.sum(-1), 0)
+    delta_BNT = jnp.where(ids_BMT[:, :1] > 0, products_BNTH.sum(-1), 0)
     q, k, v = (_pad(x, tokens, 2) for x in (q_BNTH, k_BKTH, v_BKTH))
     gradients = flash_backward.backward(
         q,
         k,
         v,
-        _pad(segments_BT, tokens, 1),
+        _pad(ids_BMT, tokens, 2),
         _pad(dout_BNTH, tokens, 2),
         _pad(lse_BN1T, tokens, 3),
         _pad(delta_BNT[:, :, None], tokens, 3),

@@ -27,6 +27,7 @@ from pgrpo_jax.kernels.flash_blocks import (
     first_passes,
     in_sublanes,
     iota,
+    meet,
     repeat_lanes,
     step_of,
 )
@@ -40,7 +41,7 @@ def _backward_kernel(
     dout_ref,
     lse_ref,  # [1, queries]
     delta_ref,  # [1, queries]
-    q_segments_ref,  # [1, queries]
+    q_ids_ref,  # [M, queries], the M segments that each token attends
     k_segments_ref,  # [span, LANES]
     dq_ref,
     dk_ref,
@@ -55,7 +56,7 @@ def _backward_kernel(
     s, g, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     groups, blocks = pl.num_programs(3), pl.num_programs(4)
     step = step_of(first_ref[pl.program_id(0) * blocks + i], i, s, sizes)
-    inputs = (q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_segments_ref, k_segments_ref)
+    inputs = (q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_ids_ref, k_segments_ref)
     sums = (dq_acc_ref, dk_acc_ref, dv_acc_ref)
 
     @pl.when((g == 0) & (i == 0))
@@ -92,11 +93,12 @@ def _gradients(inputs, sums, columns, rows, is_causal: bool, static: Static) -> 
 
     If `is_causal`, the first column and the first row are one token.
     """
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_segments_ref, k_segments_ref = inputs
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_ids_ref, k_segments_ref = inputs
     dq_ref, dk_ref, dv_ref = sums
     q, dout, k, v = q_ref[rows, :], dout_ref[rows, :], k_ref[columns, :], v_ref[columns, :]
     scores = dot(k, q, ROWS, static)
-    mask = repeat_lanes(k_segments_ref[columns, :], scores.shape[1]) == q_segments_ref[:, rows]
+    q_ids = [q_ids_ref[pl.ds(m, 1), rows] for m in range(q_ids_ref.shape[0])]
+    mask = meet(q_ids, repeat_lanes(k_segments_ref[columns, :], scores.shape[1]))
     if is_causal:
         mask &= iota(scores.shape, 0) <= iota(scores.shape, 1)
     x, factor = capped(scores, static)
@@ -112,7 +114,7 @@ def _gradients(inputs, sums, columns, rows, is_causal: bool, static: Static) -> 
     dq_ref[rows, :] += dot(ds, k, SUMS, static)
 
 
-def backward(q_BNTH, k_BKTH, v_BKTH, segments_BT, dout_BNTH, lse_BN1T, delta_BN1T, static):
+def backward(q_BNTH, k_BKTH, v_BKTH, ids_BMT, dout_BNTH, lse_BN1T, delta_BN1T, static):
     """(dq_BNTH, dk_BKTH, dv_BKTH) of rows that are padded to whole blocks."""
     T, K, sizes = q_BNTH.shape[2], k_BKTH.shape[1], static.backward
     spans = ceil_div(T, sizes.span)
@@ -124,26 +126,26 @@ def backward(q_BNTH, k_BKTH, v_BKTH, segments_BT, dout_BNTH, lse_BN1T, delta_BN1
             jax.ShapeDtypeStruct(k_BKTH.shape, k_BKTH.dtype),
             jax.ShapeDtypeStruct(v_BKTH.shape, v_BKTH.dtype),
         ],
-        grid_spec=_grid(q_BNTH.shape, K, sizes),
+        grid_spec=_grid(q_BNTH.shape, K, ids_BMT.shape[1], sizes),
         compiler_params=compiler_params(static, sequential=3),
         interpret=static.interpret,
         name="flash_attention_backward",
     )(
-        first_passes(segments_BT, sizes),
+        first_passes(ids_BMT, sizes),
         q_BNTH,
         k_BKTH,
         v_BKTH,
         dout_BNTH,
         lse_BN1T,
         delta_BN1T,
-        segments_BT[:, None],
-        in_sublanes(segments_BT),
+        ids_BMT,
+        in_sublanes(ids_BMT[:, :1])[:, 0],
     )
     dq_BNTH = dq_SBNTH[0] if spans == 1 else dq_SBNTH.sum(0).astype(q_BNTH.dtype)
     return dq_BNTH, dk_BKTH, dv_BKTH
 
 
-def _grid(shape, K: int, sizes: BlockSizes) -> pltpu.PrefetchScalarGridSpec:
+def _grid(shape, K: int, M: int, sizes: BlockSizes) -> pltpu.PrefetchScalarGridSpec:
     """Rows, key heads, spans, the heads of a group, blocks of queries; and what each step holds."""
     B, N, T, H = shape
     G, spans, blocks = N // K, ceil_div(T, sizes.span), sizes.span // sizes.queries
@@ -168,7 +170,7 @@ def _grid(shape, K: int, sizes: BlockSizes) -> pltpu.PrefetchScalarGridSpec:
             rows,
             statistics,
             statistics,
-            pl.BlockSpec((None, 1, sizes.queries), lambda b, k, s, g, i, _: (b, 0, block(s, i))),
+            pl.BlockSpec((None, M, sizes.queries), lambda b, k, s, g, i, _: (b, 0, block(s, i))),
             pl.BlockSpec((None, sizes.span, LANES), lambda b, k, s, g, i, _: (b, s, 0)),
         ],
         out_specs=[

@@ -102,20 +102,23 @@ def capped(scores: jax.Array, static: Static) -> tuple[jax.Array, float]:
     return jnp.tanh(scores * (static.scale / static.soft_cap)), static.soft_cap * LOG2_E
 
 
-def first_passes(segments_BT: jax.Array, sizes: BlockSizes) -> jax.Array:
+def first_passes(ids_BMT: jax.Array, sizes: BlockSizes) -> jax.Array:
     """first_X, X = B * blocks of queries: the first pass that a block has to look at.
+
+    `ids_BMT` are the segments that a token attends: its own, and perhaps the one it continues.
 
     Passes before the block's own columns are meant; where none has a segment in common with it, the
     entry is their number. A block of nothing but padding has one more than that: it does not even
     look at its own columns.
     """
 
-    def extremes(width):
-        cut = segments_BT.reshape(segments_BT.shape[0], -1, width)
-        return jnp.where(cut > 0, cut, jnp.iinfo(jnp.int32).max).min(-1), cut.max(-1)
+    def extremes(ids_BMT, width):
+        cut = ids_BMT.reshape(*ids_BMT.shape[:2], -1, width)
+        low = jnp.where(cut > 0, cut, jnp.iinfo(jnp.int32).max)
+        return low.min((1, 3)), cut.max((1, 3))
 
-    low_BQ, top_BQ = extremes(sizes.queries)
-    low_BP, top_BP = extremes(sizes.keys)
+    low_BQ, top_BQ = extremes(ids_BMT, sizes.queries)
+    low_BP, top_BP = extremes(ids_BMT[:, :1], sizes.keys)
     meet_BQP = (low_BQ[:, :, None] <= top_BP[:, None]) & (low_BP[:, None] <= top_BQ[:, :, None])
     passes_11P = jnp.arange(low_BP.shape[1])[None, None]
     before_1Q = jnp.arange(low_BQ.shape[1])[None] * (sizes.queries // sizes.keys)
@@ -161,10 +164,18 @@ def dot(a, b, contracted, static: Static) -> jax.Array:
     )
 
 
-def in_sublanes(segments_BT: jax.Array) -> jax.Array:
-    """[B, T, LANES]: each token's segment in all lanes of a row; padding has one of its own, -1."""
-    ids_BT1 = jnp.where(segments_BT > 0, segments_BT, -1)[:, :, None]
-    return jnp.broadcast_to(ids_BT1, (*segments_BT.shape, LANES))
+def in_sublanes(ids_BMT: jax.Array) -> jax.Array:
+    """[B, M, T, LANES]: each token's segments in all lanes of a row; -1, as no key has, for 0."""
+    ids_BMT1 = jnp.where(ids_BMT > 0, ids_BMT, -1)[..., None]
+    return jnp.broadcast_to(ids_BMT1, (*ids_BMT.shape, LANES))
+
+
+def meet(queries: list[jax.Array], keys: jax.Array) -> jax.Array:
+    """Where the keys' segment is one of those that the queries attend."""
+    found = queries[0] == keys
+    for ids in queries[1:]:
+        found |= ids == keys
+    return found
 
 
 def compiler_params(static: Static, sequential: int) -> pltpu.CompilerParams:

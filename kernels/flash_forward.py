@@ -22,6 +22,7 @@ from pgrpo_jax.kernels.flash_blocks import (
     first_passes,
     in_sublanes,
     iota,
+    meet,
     repeat_lanes,
     step_of,
 )
@@ -34,7 +35,7 @@ def _forward_kernel(
     q_ref,
     k_ref,
     v_ref,
-    q_segments_ref,  # [queries, LANES]
+    q_ids_ref,  # [M, queries, LANES], the M segments that each token attends
     k_segments_ref,  # [1, span]
     out_ref,
     lse_ref,  # [1, queries], in base 2
@@ -47,7 +48,7 @@ def _forward_kernel(
 ):
     i, s = pl.program_id(2), pl.program_id(3)
     step = step_of(first_ref[pl.program_id(0) * pl.num_programs(2) + i], i, s, sizes)
-    inputs = (q_ref, k_ref, v_ref, q_segments_ref, k_segments_ref)
+    inputs = (q_ref, k_ref, v_ref, q_ids_ref, k_segments_ref)
     state = (top_ref, total_ref, acc_ref)
 
     @pl.when((i == 0) & (s == 0))
@@ -92,13 +93,14 @@ def _reset(state, rows) -> None:
 
 def _softmax(inputs, state, rows, pieces, static: Static):
     """The new (top, total, acc) of `rows` after neighbouring `pieces`: (column, width, causal)."""
-    q_ref, k_ref, v_ref, q_segments_ref, k_segments_ref = inputs
+    q_ref, k_ref, v_ref, q_ids_ref, k_segments_ref = inputs
     top, total, acc = (ref[rows, :] for ref in state)
     parts = []
     for column, width, is_causal in pieces:
         columns = pl.ds(column, width)
         part = dot(q_ref[rows, :], k_ref[columns, :], ROWS, static)
-        mask = repeat_lanes(q_segments_ref[rows, :], width) == k_segments_ref[:, columns]
+        q_ids = [repeat_lanes(q_ids_ref[m, rows, :], width) for m in range(q_ids_ref.shape[0])]
+        mask = meet(q_ids, k_segments_ref[:, columns])
         if is_causal:
             mask &= iota(part.shape, 0) >= iota(part.shape, 1)
         x, factor = capped(part, static)
@@ -133,10 +135,10 @@ def _finished(top, total, acc, dtype, static: Static) -> tuple[jax.Array, jax.Ar
     return out, jnp.where(total_row == 0, 0, lse)
 
 
-def forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: Static):
+def forward(q_BNTH, k_BKTH, v_BKTH, ids_BMT, static: Static):
     """(out_BNTH, lse_BN1T) of rows that are padded to whole blocks."""
     B, N, T, H = q_BNTH.shape
-    sizes, group = static.forward, N // k_BKTH.shape[1]
+    M, sizes, group = ids_BMT.shape[1], static.forward, N // k_BKTH.shape[1]
     blocks = sizes.span // sizes.queries
 
     def span(i, s):  # a span after the block's own columns is not fetched
@@ -159,7 +161,7 @@ def forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: Static):
                 rows,
                 columns,
                 columns,
-                pl.BlockSpec((None, sizes.queries, LANES), lambda b, n, i, s, _: (b, i, 0)),
+                pl.BlockSpec((None, M, sizes.queries, LANES), lambda b, n, i, s, _: (b, 0, i, 0)),
                 pl.BlockSpec((None, 1, sizes.span), lambda b, n, i, s, _: (b, 0, span(i, s))),
             ],
             out_specs=[
@@ -176,10 +178,10 @@ def forward(q_BNTH, k_BKTH, v_BKTH, segments_BT, static: Static):
         interpret=static.interpret,
         name="flash_attention_forward",
     )(
-        first_passes(segments_BT, sizes),
+        first_passes(ids_BMT, sizes),
         q_BNTH,
         k_BKTH,
         v_BKTH,
-        in_sublanes(segments_BT),
-        segments_BT[:, None],
+        in_sublanes(ids_BMT),
+        ids_BMT[:, :1],
     )

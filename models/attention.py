@@ -48,11 +48,13 @@ def attend(
     segments_BT: jax.Array,
     positions_BS: jax.Array,
     segments_BS: jax.Array,
+    prefixes_BT: jax.Array | None = None,
 ) -> jax.Array:
     """out_BTNH by the implementation `compute.attention` names; masks as in `kernels.attention`.
 
     The kernels are for tokens that attend each other, in the order of their columns: within a
-    segment positions rise from left to right. A query that reads a longer cache takes the
+    segment positions rise from left to right, and a segment that is continued lies before those
+    that do. A query that reads a longer cache takes the
     reference; a cache of as many columns as there are new tokens holds nothing else.
     """
     if compute.attention == "auto":
@@ -69,18 +71,20 @@ def attend(
         )
     among_themselves = q_BTNH.shape[1] == k_BSKH.shape[1]
     implementation = implementations[compute.attention if among_themselves else "reference"]
-    rows = (positions_BT, segments_BT)
-    return implementation(q_BTNH, k_BSKH, v_BSKH, *rows, positions_BS, segments_BS)
+    rows = (positions_BT, segments_BT, positions_BS, segments_BS, prefixes_BT)
+    return implementation(q_BTNH, k_BSKH, v_BSKH, *rows)
 
 
-def _blocked(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
-    return blocked_attention.blocked_attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)
+def _blocked(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, _, __, prefixes_BT):
+    rows = (positions_BT, segments_BT, prefixes_BT)
+    return blocked_attention.blocked_attention(q_BTNH, k_BTKH, v_BTKH, *rows)
 
 
-def _pallas(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
+def _pallas(q_BTNH, k_BTKH, v_BTKH, _, segments_BT, __, ___, prefixes_BT):
     k_BTKH, v_BTKH = (for_tensor_axis(x, q_BTNH.shape[2]) for x in (k_BTKH, v_BTKH))
-    arrays = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    letters = ("BTNH", "BTKH", "BTKH", "BT")
+    rows = [x for x in (segments_BT, prefixes_BT) if x is not None]
+    arrays = (q_BTNH, k_BTKH, v_BTKH, *rows)
+    letters = ("BTNH", "BTKH", "BTKH", *["BT"] * len(rows))
     return sharding.on_devices(flash_attention.flash_attention, arrays, letters, "BTNH")(*arrays)
 
 
@@ -93,10 +97,10 @@ def for_tensor_axis(k_BTKH: jax.Array, heads: int) -> jax.Array:
     return jnp.repeat(k_BTKH, math.lcm(K, parts) // K, axis=2)
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT, *_):
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, _, segments_BT, __, ___, prefixes_BT):
     """cuDNN gives a query without any key the mean of all values: here it gets zeros."""
-    same_B1TS = (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+    mask_B1TS = kernel.meets(segments_BT, segments_BT, prefixes_BT)[:, None]
     out_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, implementation="cudnn"
+        q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, is_causal=True, implementation="cudnn"
     )
     return jnp.where((segments_BT > 0)[:, :, None, None], out_BTNH, 0)

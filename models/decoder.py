@@ -2,7 +2,8 @@
 
 Parameters are a plain dict; those of the layers are stacked, L first. Segments say what belongs
 together (0 is padding), positions are rotary: left padding, right padding and packed rows are one
-thing.
+thing. A segment may continue another of its row, `prefixes_BT` (0: none): completions share the
+prompt that they have in common.
 """
 
 from typing import Any
@@ -31,11 +32,13 @@ def forward(
     ids_BT: jax.Array,
     positions_BT: jax.Array,
     segments_BT: jax.Array,
+    prefixes_BT: jax.Array | None = None,
 ) -> jax.Array:
     """x_BTD after the final norm, in `compute.dtype`. Padding is finite but means nothing."""
     variables = {"params": params}
     # Linen types what `apply` returns for any module and any mutable collection.
-    result: Any = _Decoder(arch, compute).apply(variables, ids_BT, positions_BT, segments_BT)
+    rows = (positions_BT, segments_BT, prefixes_BT)
+    result: Any = _Decoder(arch, compute).apply(variables, ids_BT, *rows)
     return result
 
 
@@ -54,7 +57,9 @@ class _Attention(nn.Module):
         q_BTNH = sharding.constrain(self._heads("query", arch.heads, x_BTD, angles), "BTNH")
         k_BTKH = sharding.constrain(self._heads("key", arch.kv_heads, x_BTD, angles), "BTKH")
         v_BTKH = sharding.constrain(self._project("value", arch.kv_heads)(x_BTD), "BTKH")
-        out_BTNH = attention.attend(self.compute, q_BTNH, k_BTKH, v_BTKH, *rows, *rows)
+        places, segments, prefixes = rows
+        both = (places, segments, places, segments)
+        out_BTNH = attention.attend(self.compute, q_BTNH, k_BTKH, v_BTKH, *both, prefixes)
         shape = (arch.heads, arch.head_dim, arch.width)
         gain = layers.residual_gain(arch)
         out = layers.Projection("BTNH,NHD->BTD", shape, self.compute, gain=gain, name="out")
@@ -93,7 +98,7 @@ class _Decoder(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, ids_BT, positions_BT, segments_BT):
+    def __call__(self, ids_BT, positions_BT, segments_BT, prefixes_BT=None):
         arch, compute = self.arch, self.compute
         init = nn.initializers.normal(arch.width**-0.5)
         shape_VD = (arch.vocab_size, arch.width)
@@ -110,7 +115,7 @@ class _Decoder(nn.Module):
             unroll=compute.scan_unroll,
         )
         x_BTD, _ = scanned(arch, compute, name="layers")(
-            x_BTD, (positions_BT, segments_BT), layers.rope(arch, positions_BT)
+            x_BTD, (positions_BT, segments_BT, prefixes_BT), layers.rope(arch, positions_BT)
         )
         norm = layers.RMSNorm(arch.norm_eps, compute.param_dtype, name="final_norm")
         return norm(x_BTD)

@@ -52,6 +52,7 @@ class Loop:
         self.cfg, self.mesh, self.words, self.judge = cfg, mesh, words, judge
         self.compiled = compilation.Count()
         arch, params = policy
+        self.arch = arch
         self.engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)
         self.reshard_bytes = float(reshard.received_bytes(arch, cfg.policy.compute, mesh))
         self.update = update.compile_update(cfg, arch, mesh)
@@ -150,7 +151,8 @@ class Loop:
         cfg, clock = self.cfg, collect.Clock()
         scored, rollout = self.collector.collect(self.state.params, step, clock, ahead=ahead)
         with clock.phase("update"):
-            batch = sharding.put(update_batch(cfg, scored), update.batch_sharding(self.mesh))
+            plan = update.plan(cfg, self.arch, self.mesh, scored.completions)
+            batch = sharding.put(update_batch(scored, plan), update.batch_sharding(self.mesh))
             if self.reference is not None:
                 batch = batch.replace(ref_logp_ART=self.reference(batch))
             if cfg.update.importance_cap and cfg.update.num_iterations > 1:
@@ -198,16 +200,10 @@ def length_metrics(completions: Sequence[types.Completion]) -> dict[str, float]:
     }
 
 
-def update_batch(cfg: config.Config, scored: rewards.Scored) -> update.UpdateBatch:
-    """A step's completions, packed. The shape depends on the prompts' bucket, and on which of two
-    lengths of row suits the completions better, alone."""
+def update_batch(scored: rewards.Scored, plan: packing.Packed) -> update.UpdateBatch:
+    """A step's completions, packed."""
     completions = scored.completions
-    lengths = [len(c.prompt_ids) + len(c.ids) for c in completions]
-    bucket = max(len(c.prompt_ids) for c in completions)
-    bucket = next(b for b in cfg.rollout.prompt_buckets if b >= bucket)
-    longest, R = bucket + cfg.rollout.max_completion_length, cfg.update.micro_batch_size
-    batches, T = packing.pack(lengths, longest, R)
-    rows, micro_batches = update.packed(completions, batches, R, T)
+    rows, micro_batches = update.packed(completions, plan)
     return update.UpdateBatch(
         rows=rows,
         micro_batches=micro_batches,

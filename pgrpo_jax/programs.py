@@ -213,7 +213,7 @@ def _sft(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Program:
         _lowered(step, state.arguments, batch),
         _state_bytes(state),
         {},
-        roofline.training(arch, compute, settings.batch_size, length, predicted=length),
+        roofline.training(arch, compute, roofline.rows(settings.batch_size, length, length)),
     )
 
 
@@ -233,7 +233,7 @@ def _reward_training(cfg: config.Config, arch: Architecture, mesh: Mesh) -> Prog
         _lowered(step, state.arguments, batch),
         _state_bytes(state),
         {},
-        roofline.training(arch, compute, 2 * C, T, predicted=0),
+        roofline.training(arch, compute, roofline.rows(2 * C, T)),
     )
 
 
@@ -330,16 +330,23 @@ def _scoring(cfg: config.Config, policy: Architecture, judge: Architecture, mesh
         _lowered(score, params.arguments, *tokens),
         {"parameters": params.bytes},
         _waiting(cfg, policy, judge, mesh, "reward model"),
-        roofline.forward(judge, rows, length, predicted=0),
+        roofline.forward(judge, roofline.rows(rows, length)),
         executions=math.ceil(_completions(cfg) / rows),
     )
 
 
-def _update_batch(cfg: config.Config, mesh: Mesh) -> tuple[update.UpdateBatch, int]:
-    """In the longer of the two rows that packing may choose; and the micro-batches of them that
+def _update_batch(
+    cfg: config.Config, mesh: Mesh
+) -> tuple[update.UpdateBatch, roofline.Load, hlo.Runs]:
+    """In the longest of the rows that packing may choose, of which as many micro-batches run as
     hold a step's completions, all of the greatest length."""
-    B, R = _completions(cfg), cfg.update.micro_batch_size
-    T = int(_longest(cfg) * max(packing.ROWS))
+    B, G = _completions(cfg), cfg.rollout.num_generations
+    prompt, drawn = cfg.rollout.prompt_buckets[-1], cfg.rollout.max_completion_length
+    rows_at_once, parts = cfg.update.micro_batch_size, sharding.row_parts(mesh)
+    T, R = max(packing.kinds(drawn + 1, prompt - 1, rows_at_once, parts))
+    sequences = packing.Sequences([drawn + 1] * B, [prompt - 1] * B, [i // G for i in range(B)])
+    trips = math.ceil(len(packing.best_fit(sequences, T)) / R)
+    load = roofline.completions(B // G, G, prompt, drawn)
     places = update.batch_sharding(mesh)
     kinds = {"completion": bool, "old_logp": np.float32, "valid_B": bool, "truncated_B": bool}
 
@@ -347,7 +354,7 @@ def _update_batch(cfg: config.Config, mesh: Mesh) -> tuple[update.UpdateBatch, i
         return jax.ShapeDtypeStruct(shape, kinds.get(name, default), sharding=place)
 
     rows = {
-        name: field(name, (math.ceil(B / R), R, T), np.int32, places.rows)
+        name: field(name, (math.ceil(B / rows_at_once), R, T), np.int32, places.rows)
         for name in update.Rows.__annotations__
     }
     numbers = {
@@ -357,7 +364,7 @@ def _update_batch(cfg: config.Config, mesh: Mesh) -> tuple[update.UpdateBatch, i
     }
     micro_batches = field("micro_batches", (), np.int32, places.micro_batches)
     batch = update.UpdateBatch(update.Rows(**rows), micro_batches, **numbers)
-    return batch, math.ceil(B * _longest(cfg) / (R * T))
+    return batch, load, hlo.Runs(trips, load.predicted / (trips * R * T))
 
 
 def _logprobs(
@@ -368,33 +375,32 @@ def _logprobs(
     name: str,
     used: str,
 ) -> Program:
-    params, (batch, trips) = _policy(cfg, policy, mesh), _update_batch(cfg, mesh)
-    program, drawn = update.compile_logprobs(cfg, policy, mesh), cfg.rollout.max_completion_length
+    params, (batch, load, runs) = _policy(cfg, policy, mesh), _update_batch(cfg, mesh)
+    program = update.compile_logprobs(cfg, policy, mesh)
     return Program(
         name,
         _lowered(program, params.arguments, batch),
         {"parameters": params.bytes},
         _waiting(cfg, policy, judge, mesh, used),
-        roofline.forward(policy, _completions(cfg), _longest(cfg), predicted=drawn),
+        roofline.forward(policy, load),
         executions=1,
-        runs=hlo.Runs(trips, drawn / _longest(cfg)),
+        runs=runs,
     )
 
 
 def _update(cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh) -> Program:
-    state, (batch, trips) = _train_state(cfg, policy, mesh), _update_batch(cfg, mesh)
+    state, (batch, load, runs) = _train_state(cfg, policy, mesh), _update_batch(cfg, mesh)
     if cfg.update.kl != "none":
         batch = batch.replace(ref_logp_ART=batch.rows.old_logp)
     if cfg.update.importance_cap and cfg.update.num_iterations > 1:
         batch = batch.replace(old_logp_ART=batch.rows.old_logp)
     step = update.compile_update(cfg, policy, mesh)
-    rows, length, drawn = _completions(cfg), _longest(cfg), cfg.rollout.max_completion_length
     return Program(
         "update",
         _lowered(step, state.arguments, batch),
         _state_bytes(state),
         _waiting(cfg, policy, judge, mesh, "policy's parameters", "policy's optimizer"),
-        roofline.training(policy, cfg.policy.compute, rows, length, predicted=drawn),
+        roofline.training(policy, cfg.policy.compute, load),
         executions=cfg.update.num_iterations,
-        runs=hlo.Runs(trips, drawn / length),
+        runs=runs,
     )

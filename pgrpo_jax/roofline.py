@@ -72,30 +72,51 @@ def unembedding(arch: Architecture, tokens: int) -> float:
     return 2.0 * tokens * arch.width * arch.vocab_size
 
 
-def forward(arch: Architecture, rows: int, length: int, predicted: int) -> Work:
-    """Rows of `length` tokens, of which `predicted` meet the vocabulary."""
-    flops = layers(arch, rows * length) + attention(arch, rows * length * (length + 1) / 2)
-    flops += unembedding(arch, rows * predicted)
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a pass reads: tokens, pairs of one and another that it attends, and the tokens that meet
+    the vocabulary."""
+
+    tokens: int
+    pairs: float
+    predicted: int
+
+
+def rows(count: int, length: int, predicted: int = 0) -> Load:
+    """`count` sequences of `length` tokens, of each of which `predicted` meet the vocabulary."""
+    return Load(count * length, count * length * (length + 1) / 2, count * predicted)
+
+
+def completions(prompts: int, each: int, prompt: int, drawn: int) -> Load:
+    """`each` completions of `drawn` tokens for each prompt, which is read once but for its last
+    token."""
+    alone, again = rows(prompts * each, prompt + drawn, drawn), prompts * (each - 1)
+    spared = rows(again, prompt - 1)
+    return Load(alone.tokens - spared.tokens, alone.pairs - spared.pairs, alone.predicted)
+
+
+def forward(arch: Architecture, load: Load) -> Work:
+    flops = layers(arch, load.tokens) + attention(arch, load.pairs)
+    flops += unembedding(arch, load.predicted)
     return Work(flops, flops)
 
 
-def training(arch: Architecture, compute: Compute, rows: int, length: int, predicted: int) -> Work:
+def training(arch: Architecture, compute: Compute, load: Load) -> Work:
     """Forward and backward. Chunked logits are always made twice; the layers as `remat` says."""
-    once = forward(arch, rows, length, predicted).model
-    attended = attention(arch, rows * length * (length + 1) / 2)
+    once, attended = forward(arch, load).model, attention(arch, load.pairs)
     again = {
         "none": 0.0,
         "dots": attended,  # products with a batch axis on both sides are not kept
-        "full": layers(arch, rows * length) + attended,
+        "full": layers(arch, load.tokens) + attended,
     }[compute.remat]
-    again += unembedding(arch, rows * predicted)
+    again += unembedding(arch, load.predicted)
     return Work(3 * once, 3 * once + again)
 
 
-def prefill(arch: Architecture, rows: int, piece: int, prompt: int) -> Work:
+def prefill(arch: Architecture, count: int, piece: int, prompt: int) -> Work:
     """The mean of the pieces, `piece` tokens of each row, that make up prompts of `prompt`."""
-    before = attention(arch, rows * piece * max(prompt - piece, 0) / 2)
-    flops = forward(arch, rows, piece, predicted=0).model + before
+    before = attention(arch, count * piece * max(prompt - piece, 0) / 2)
+    flops = forward(arch, rows(count, piece)).model + before
     return Work(flops, flops)
 
 

@@ -146,17 +146,17 @@ def seconds(cfg: Config, arch: Architecture, chip: topology.Chip, chips: int) ->
     The parts are added up, not overlapped: so that of two candidates bound by the same resource
     the one comes first that asks less of the others.
     """
-    rows = cfg.rollout.prompts_per_step * cfg.rollout.num_generations
-    length = cfg.rollout.prompt_buckets[-1] + cfg.rollout.max_completion_length
+    prompt, drawn = cfg.rollout.prompt_buckets[-1], cfg.rollout.max_completion_length
+    prompts, each = cfg.rollout.prompts_per_step, cfg.rollout.num_generations
     compute: Compute = cfg.policy.compute
-    drawn = cfg.rollout.max_completion_length
-    work = roofline.training(arch, compute, rows, length, predicted=drawn)
-    steps = rows / cfg.update.micro_batch_size
+    load = roofline.completions(prompts, each, prompt, drawn)
+    work = roofline.training(arch, compute, load)
+    steps = load.tokens / (cfg.update.micro_batch_size * (prompt + drawn))
     layers = roofline.layers(arch, 1) / 2  # weights of the layers
     width, split = 2.0 if compute.dtype == "bfloat16" else 4.0, cfg.mesh.tensor
     passes = 3 if compute.remat == "full" else 2
     gathered = steps * (passes + 1) * layers / split * width * (1 - 1 / cfg.mesh.fsdp)
-    sums = 2 * passes * arch.layers * rows * length * arch.width / cfg.mesh.fsdp * width
+    sums = 2 * passes * arch.layers * load.tokens * arch.width / cfg.mesh.fsdp * width
     summed = 2 * sums * (1 - 1 / split)
     links_s = (gathered + summed) / (2 * chip.link_bytes_per_s)
     return work.executed / (chips * chip.flops_per_s) + links_s

@@ -11,24 +11,28 @@ import optax
 from flax import struct
 from jax import lax
 
-from pgrpo_jax import algo, config, masked, optimizer, sharding, types
+from pgrpo_jax import algo, config, masked, optimizer, packing, roofline, sharding, types
 from pgrpo_jax.models import decoder, logprobs
 
 Metrics = dict[str, jax.Array]
+PAIR_COST = 2.0  # PLACEHOLDER
 
 
 class Rows(struct.PyTreeNode):
     """Packed rows of tokens: [A, R, T], A micro-batches of R rows, or one of these, [R, T].
 
-    ids, positions, segments (int32) are the decoder's: a segment is a prompt and its completion.
-    completion (bool) keeps the completions' tokens, their stop tokens among them. owner (int32)
-    is the completion that a token belongs to; that of padding is any. old_logp (float32) is what
-    the sampler saw, at each completion token's own position.
+    ids, positions, segments, prefixes (int32) are the decoder's. A prompt up to its last token is a
+    segment of its own, which its completions in the row continue: each of them is a segment that
+    begins with the prompt's last token. completion (bool) keeps the completions' tokens, their stop
+    tokens among them. owner (int32) is the completion that a token belongs to; that of shared
+    prompts and of padding is any. old_logp (float32) is what the sampler saw, at each completion
+    token's own position.
     """
 
     ids: jax.Array
     positions: jax.Array
     segments: jax.Array
+    prefixes: jax.Array
     completion: jax.Array
     owner: jax.Array
     old_logp: jax.Array
@@ -71,33 +75,70 @@ class Terms(struct.PyTreeNode):
     old_logp: jax.Array | None
 
 
-def packed(
+def plan(
+    cfg: config.Config,
+    arch: config.Architecture,
+    mesh: jax.sharding.Mesh,
     completions: Sequence[types.Completion],
-    batches: Sequence[Sequence[Sequence[int]]],
-    R: int,
-    T: int,
-) -> tuple[Rows, np.int32]:
-    """The completions with their prompts as `packing.pack` has put them, for rows of `T` tokens and
-    `R` rows at once; and how many micro-batches hold any. There is room for a row a completion."""
-    shape_ART = math.ceil(len(completions) / R), R, T
+) -> packing.Packed:
+    """Which row each completion goes into. The shape of the rows depends on the prompts' bucket,
+    and on which of a few lengths of row suits the completions best, alone."""
+    prompt = max(len(c.prompt_ids) for c in completions)
+    bucket = next(b for b in cfg.rollout.prompt_buckets if b >= prompt)
+    sequences = packing.Sequences(
+        own=[len(c.ids) + 1 for c in completions],
+        shared=[len(c.prompt_ids) - 1 for c in completions],
+        prompts=[c.prompt_ids.tobytes() for c in completions],
+    )
+    return packing.pack(
+        sequences,
+        own=cfg.rollout.max_completion_length + 1,
+        shared=bucket - 1,
+        rows_at_once=cfg.update.micro_batch_size,
+        parts=sharding.row_parts(mesh),
+        even=even_length(cfg.policy.compute, arch),
+    )
+
+
+def even_length(compute: config.Compute, arch: config.Architecture) -> float:
+    """The length of a row at which attention costs as much as all else, for `packing.pack`.
+
+    The Pallas kernels leave out what does not meet. The others compute it.
+    """
+    if compute.attention == "pallas":
+        return math.inf
+    return roofline.layers(arch, 1) / roofline.attention(arch, 1) / PAIR_COST
+
+
+def packed(completions: Sequence[types.Completion], plan: packing.Packed) -> tuple[Rows, np.int32]:
+    """The completions with their prompts, as planned; and how many micro-batches hold any."""
+    shape_ART = plan.limit, plan.rows, plan.capacity
     kinds = {"completion": bool, "old_logp": np.float32}
     rows = Rows(
         **{name: np.zeros(shape_ART, kinds.get(name, np.int32)) for name in Rows.__annotations__}
     )
-    for a, batch in enumerate(batches):
+    for a, batch in enumerate(plan.batches):
         for r, row in enumerate(batch):
-            begin = 0
-            for segment, i in enumerate(row, start=1):
+            end = segment = prefix = 0
+            prompt = None
+            for i in row:
                 c = completions[i]
-                middle = begin + len(c.prompt_ids)
-                end = middle + len(c.ids)
-                whole, own = (a, r, slice(begin, end)), (a, r, slice(middle, end))
-                rows.ids[whole] = np.concatenate([c.prompt_ids, c.ids])
-                rows.positions[whole] = np.arange(end - begin)
-                rows.segments[whole], rows.owner[whole] = segment, i
+                if prompt is None or not np.array_equal(prompt, c.prompt_ids):
+                    prompt = c.prompt_ids
+                    begin, end = end, end + len(prompt) - 1
+                    segment = prefix = segment + 1
+                    shared = (a, r, slice(begin, end))
+                    rows.ids[shared], rows.positions[shared] = prompt[:-1], np.arange(end - begin)
+                    rows.segments[shared], rows.owner[shared] = segment, i
+                begin, end = end, end + 1 + len(c.ids)
+                segment += 1
+                whole, own = (a, r, slice(begin, end)), (a, r, slice(begin + 1, end))
+                rows.ids[whole] = np.concatenate([prompt[-1:], c.ids])
+                rows.positions[whole] = len(prompt) - 1 + np.arange(end - begin)
+                rows.segments[whole], rows.prefixes[whole] = segment, prefix
+                rows.owner[whole] = i
                 rows.completion[own], rows.old_logp[own] = True, c.logps
-                begin = end
-    return rows, np.int32(len(batches))
+    return rows, np.int32(len(plan.batches))
 
 
 class Groups(struct.PyTreeNode):
@@ -277,7 +318,9 @@ def completion_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """(logp_RT, entropy_RT) of the tokens in the mask, at the sampling temperature."""
     compute = cfg.policy.compute
-    x_RTD = decoder.forward(params, arch, compute, rows.ids, rows.positions, rows.segments)
+    x_RTD = decoder.forward(
+        params, arch, compute, rows.ids, rows.positions, rows.segments, rows.prefixes
+    )
     return logprobs.token_logprobs(
         x_RTD,
         decoder.unembedding(params, arch),

@@ -25,13 +25,12 @@ def inputs(T: int, dtype=jnp.float32):
     return q, k, v, cotangent, positions_BT, segments_BT
 
 
-def blocked(q, k, v, positions_BT, segments_BT):
-    return blocked_attention.blocked_attention(q, k, v, positions_BT, segments_BT)
+blocked = blocked_attention.blocked_attention
 
 
-def reference(q, k, v, positions_BT, segments_BT):
+def reference(q, k, v, positions_BT, segments_BT, prefixes_BT=None):
     rows = (positions_BT, segments_BT)
-    return attention.reference(q, k, v, *rows, *rows)
+    return attention.reference(q, k, v, *rows, *rows, prefixes_BT)
 
 
 def outcome(function, q, k, v, cotangent, *rows):
@@ -46,6 +45,19 @@ def test_blocks_are_the_reference(T):
     both = (jax.jit(functools.partial(outcome, f))(*inputs(T)) for f in (blocked, reference))
     for got, want in zip(*both, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_a_segment_attends_the_one_that_it_continues():
+    q, k, v, cotangent, positions_BT, segments_BT = inputs(131)
+    second = segments_BT == 2
+    rows = (jnp.where(second, positions_BT + 70, positions_BT), segments_BT)
+    both = [outcome(f, q, k, v, cotangent, *rows, second.astype(int)) for f in (blocked, reference)]
+    for got, want in zip(*both, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    # What is before the second segment is its own past now: one segment says the same.
+    whole = outcome(reference, q, k, v, cotangent, rows[0], jnp.minimum(segments_BT, 1))
+    for got, want in zip(both[0], whole, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_bfloat16_is_near_float32():

@@ -198,14 +198,14 @@ def test_the_formula_counts_what_the_compiler_counts_where_it_can():
     analysis = jax.jit(logits).lower(params, tokens, tokens, tokens).compile().cost_analysis()
     # The reference computes the half above the diagonal too; norms and the like are not in it.
     half = roofline.attention(ARCH, 4 * 32 * 31 / 2)
-    counted = roofline.forward(ARCH, 4, 32, predicted=32).model + half
+    counted = roofline.forward(ARCH, roofline.rows(4, 32, 32)).model + half
     assert counted == pytest.approx(analysis["flops"], rel=0.05) and counted < analysis["flops"]
 
 
 def test_training_is_three_times_forward_and_remat_one_more_of_the_layers():
-    forward = roofline.forward(ARCH, 2, 16, predicted=0).model
+    forward = roofline.forward(ARCH, roofline.rows(2, 16)).model
     none, full = (
-        roofline.training(ARCH, c.Compute(remat=remat), 2, 16, predicted=0)
+        roofline.training(ARCH, c.Compute(remat=remat), roofline.rows(2, 16))
         for remat in ("none", "full")
     )
     assert (none.model, none.executed) == (3 * forward, 3 * forward)
@@ -213,8 +213,18 @@ def test_training_is_three_times_forward_and_remat_one_more_of_the_layers():
 
 
 def test_tokens_of_prompts_do_not_meet_the_vocabulary():
-    none, half, every = (roofline.forward(ARCH, 2, 16, predicted).model for predicted in (0, 8, 16))
+    none, half, every = (
+        roofline.forward(ARCH, roofline.rows(2, 16, predicted)).model for predicted in (0, 8, 16)
+    )
     assert half - none == every - half == 2.0 * 2 * 8 * 128 * 256
+
+
+def test_a_prompt_that_completions_share_is_read_once_but_for_its_last_token():
+    load = roofline.completions(2, 3, prompt=4, drawn=5)
+    # Six completions of 1 + 5 tokens behind two prefixes of 3.
+    assert (load.tokens, load.predicted) == (6 * 6 + 2 * 3, 6 * 5)
+    own, prefix = 6 * (6 * 7 / 2 + 6 * 3), 2 * (3 * 4 / 2)
+    assert load.pairs == own + prefix
 
 
 def test_the_slowest_resource_bounds_a_program():

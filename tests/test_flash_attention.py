@@ -40,6 +40,12 @@ def draw(seed, B, T, N, K, H, dtype="float32"):
     return [jnp.array(rng.standard_normal((B, T, n, H)), dtype) for n in (N, K, K, N)]
 
 
+def continued(segments_BT, seed):
+    """prefixes_BT: each segment continues one of a lower number, or none."""
+    numbers = np.random.default_rng(seed).integers(0, np.maximum(np.arange(6), 1))
+    return jnp.array(numbers)[segments_BT]
+
+
 def packed(seed, B, T):
     """Rows of up to five segments in order, with padding on either side or none."""
     rng = np.random.default_rng(seed)
@@ -50,7 +56,7 @@ def packed(seed, B, T):
     return jnp.array(rows)
 
 
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
     seed=st.integers(0, 2**16),
     tokens=st.integers(1, 600),
@@ -60,18 +66,20 @@ def packed(seed, B, T):
     forward=st.sampled_from([SMALL, TINY, COARSE]),
     backward=st.sampled_from([SMALL, TINY, COARSE]),
     in_order=st.booleans(),
+    shared=st.booleans(),
 )
 def test_the_kernel_agrees_with_its_reference_in_values_and_gradients(
-    seed, tokens, heads, head_dim, soft_cap, forward, backward, in_order
+    seed, tokens, heads, head_dim, soft_cap, forward, backward, in_order, shared
 ):
     q, k, v, dout = draw(seed, 2, tokens, *heads, head_dim)
     segments_BT = packed(seed, 2, tokens)
     if not in_order:  # nothing asks for segments to be in order, or in one piece
         segments_BT = jax.random.permutation(jax.random.key(seed), segments_BT, 1)
+    rows = (segments_BT, continued(segments_BT, seed) if shared else None)
     options = {"forward": forward, "backward": backward, "soft_cap": soft_cap}
-    got = with_gradients(lambda *qkv: flash(*qkv, segments_BT, **options), q, k, v, dout)
+    got = with_gradients(lambda *qkv: flash(*qkv, *rows, **options), q, k, v, dout)
     want = with_gradients(
-        lambda *qkv: flash_attention.reference(*qkv, segments_BT, soft_cap=soft_cap), q, k, v, dout
+        lambda *qkv: flash_attention.reference(*qkv, *rows, soft_cap=soft_cap), q, k, v, dout
     )
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
@@ -136,7 +144,7 @@ def test_a_block_looks_at_no_pass_before_its_segments_begin():
     sizes = BlockSizes(span=1024, queries=256, keys=128, part=128, tile=128)
     # Segment 1 fills columns 0 to 299, segment 2 those to 639; the rest is padding.
     segments_BT = jnp.repeat(jnp.array([[1, 2, 0]]), np.array([300, 340, 384]), axis=1)
-    first_X = flash_blocks.first_passes(segments_BT, sizes)
+    first_X = flash_blocks.first_passes(segments_BT[:, None], sizes)
     # Block 0 has no passes before it. Block 1 (256 to 511) still has tokens of segment 1: it begins
     # at pass 0. Block 2 (512 to 767) is in segment 2, which begins in pass 2. Block 3 is padding:
     # one more than the 6 passes before it.

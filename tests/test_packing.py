@@ -1,6 +1,7 @@
-"""Rows are full, equally full, and hold everything once."""
+"""Rows are full, equally full, hold everything once, and each prompt once for its completions."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,42 +11,106 @@ from hypothesis import strategies as st
 from pgrpo_jax import packing
 
 
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 150))
-def test_every_sequence_is_in_one_row_and_no_row_is_too_full(lengths, capacity):
-    rows = packing.best_fit(lengths, capacity)
-    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
+def alone(own) -> packing.Sequences:
+    """Sequences that share nothing."""
+    return packing.Sequences(own, [0] * len(own), range(len(own)))
+
+
+def groups(own, shared: int, each: int) -> packing.Sequences:
+    """`each` completions of a prompt."""
+    return packing.Sequences(own, [shared] * len(own), [i // each for i in range(len(own))])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5)), max_size=60),
+    st.lists(st.integers(0, 20), min_size=6, max_size=6),
+    st.integers(50, 150),
+)
+def test_every_sequence_is_in_one_row_and_no_row_is_too_full(drawn, prefixes, capacity):
+    own, prompts = [n for n, _ in drawn], [prompt for _, prompt in drawn]
+    sequences = packing.Sequences(own, [prefixes[p] for p in prompts], prompts)
+    rows = packing.best_fit(sequences, capacity)
+    assert sorted(itertools.chain(*rows)) == list(range(len(own)))
+    for row in rows:
+        together = [list(some) for _, some in itertools.groupby(row, key=lambda i: prompts[i])]
+        assert len(together) == len({prompts[i] for i in row})  # side by side
+        tokens = sum(prefixes[prompts[some[0]]] + sum(own[i] for i in some) for some in together)
+        assert tokens == sequences.tokens(row) <= capacity
 
 
 def test_the_fullest_row_that_has_room_is_taken():
     # 6 and 5 begin rows of 10; 4 fits both and best the first, 3 the second alone.
-    assert packing.best_fit([3, 4, 5, 6], 10) == [[3, 1], [2, 0]]
+    assert packing.best_fit(alone([3, 4, 5, 6]), 10) == [[3, 1], [2, 0]]
+
+
+def test_a_row_that_holds_the_prompt_is_taken_before_a_fuller_one():
+    # Of 12 tokens, 5 and a prompt of 3 leave 4. The 4 of the same prompt fit there.
+    own, prompts = [8, 5, 4], ["a", "b", "b"]
+    assert packing.best_fit(packing.Sequences(own, [0, 3, 3], prompts), 12) == [[1, 2], [0]]
 
 
 def test_a_sequence_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="a sequence of 11 tokens does not fit a row of 10"):
-        packing.best_fit([11], 10)
+        packing.best_fit(groups([8, 2], shared=3, each=2), 10)
 
 
-@pytest.mark.parametrize(("count", "rows"), [(64, 2), (128, 4), (1024, 8)])
-def test_padding_is_under_a_tenth_at_mixed_lengths(count, rows):
+def packed(own, rows, shared=63, each=8, even=math.inf, longest=129) -> packing.Packed:
+    return packing.pack(groups(own, shared, each), longest, shared, rows, parts=1, even=even)
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "each"), [(64, 2, 1), (128, 4, 1), (1024, 8, 1), (128, 4, 8), (1024, 8, 8)]
+)
+def test_padding_is_under_a_tenth_at_mixed_lengths(count, rows, each):
     for seed in range(5):
-        lengths = 64 + np.random.default_rng(seed).integers(8, 129, count)
-        batches, capacity = packing.pack(lengths.tolist(), 192, rows)
-        assert 1 - lengths.sum() / (len(batches) * rows * capacity) < 0.1
+        own = np.random.default_rng(seed).integers(9, 130, count).tolist()
+        plan = packed(own, rows, each=each)
+        room = len(plan.batches) * plan.rows * plan.capacity
+        held = sum(groups(own, 63, each).tokens(row) for batch in plan.batches for row in batch)
+        assert 1 - held / room < 0.1
+
+
+def test_completions_of_a_prompt_need_fewer_tokens_together():
+    own = np.random.default_rng(0).integers(9, 130, 64).tolist()
+    shared, apart = (packed(own, 4, each=each) for each in (8, 1))
+    rooms = [len(plan.batches) * plan.rows * plan.capacity for plan in (shared, apart)]
+    assert rooms[0] < 0.75 * rooms[1]
+
+
+def test_long_rows_are_not_worth_it_where_attention_computes_what_does_not_meet():
+    own = [129] * 64
+    assert packed(own, 8, even=math.inf).capacity == 63 + 4 * 129
+    assert packed(own, 8, even=100.0).capacity == 192
+
+
+def test_longer_rows_are_fewer_at_a_time():
+    assert packing.kinds(129, 63, rows_at_once=8, parts=4) == [(192, 8), (288, 8), (579, 4)]
+    assert packing.kinds(129, 23, rows_at_once=8, parts=4) == [(152, 8), (228, 8), (410, 4)]
+    assert packing.kinds(129, 63, rows_at_once=8, parts=8) == [(192, 8), (288, 8)]
 
 
 def test_sequences_of_one_length_are_not_padded():
-    assert packing.pack([192] * 8, 192, 4) == ([[[0], [2], [1], [3]], [[4], [6], [5], [7]]], 192)
+    plan = packing.pack(alone([192] * 8), 192, 0, 4, parts=4, even=math.inf)
+    assert plan == packing.Packed([[[0], [2], [1], [3]], [[4], [6], [5], [7]]], 4, 192, limit=2)
 
 
 def test_rows_that_are_computed_together_are_equally_full():
-    lengths = 64 + np.random.default_rng(0).integers(8, 129, 1024)
-    batches, capacity = packing.pack(lengths.tolist(), 192, 8)
-    fills = [[sum(lengths[i] for i in row) for row in batch] for batch in batches]
-    assert max(max(fill) - min(fill) for fill in fills[:-1]) < 0.05 * capacity
+    own = np.random.default_rng(0).integers(9, 130, 1024).tolist()
+    plan = packed(own, 8)
+    tokens = groups(own, 63, 8).tokens
+    fills = [[tokens(row) for row in batch] for batch in plan.batches]
+    assert max(max(fill) - min(fill) for fill in fills[:-1]) < 0.05 * plan.capacity
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(0, 20))
+def test_there_are_never_more_micro_batches_than_the_limit_says(own, shared):
+    for rows in (2, 8):
+        for even in (math.inf, 1.0):
+            plan = packed(own, rows, shared, each=4, even=even, longest=30)
+            assert len(plan.batches) <= plan.limit == math.ceil(len(own) / rows)
 
 
 def test_half_of_the_devices_do_not_stand_idle_in_the_last_micro_batch():
     # Three rows of four, and room for one of two on each of two devices.
-    assert packing.pack([9, 8, 7], 9, 4)[0] == [[[0], [2], [1], []]]
+    plan = packing.pack(alone([9, 8, 7]), 9, 0, 4, parts=4, even=math.inf)
+    assert plan.batches == [[[0], [2], [1], []]]
