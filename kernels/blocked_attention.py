@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from pgrpo_jax.kernels import attention
 
-BLOCKS = 4  # of a row: 5/8 of all pairs are then computed
+BLOCKS = 4  # of a row
+COMPUTED = (BLOCKS + 1) / (2 * BLOCKS)  # of all pairs of a row
 SMALLEST = 32  # columns of a block
 
 

@@ -12,10 +12,10 @@ from flax import struct
 from jax import lax
 
 from pgrpo_jax import algo, config, masked, optimizer, packing, roofline, sharding, types
+from pgrpo_jax.kernels import blocked_attention
 from pgrpo_jax.models import decoder, logprobs
 
 Metrics = dict[str, jax.Array]
-PAIR_COST = 2.0  # PLACEHOLDER
 
 
 class Rows(struct.PyTreeNode):
@@ -101,13 +101,12 @@ def plan(
 
 
 def even_length(compute: config.Compute, arch: config.Architecture) -> float:
-    """The length of a row at which attention costs as much as all else, for `packing.pack`.
-
-    The Pallas kernels leave out what does not meet. The others compute it.
-    """
+    """The length of a row at which attention costs as much as the layers' products, for
+    `packing.pack`. The Pallas kernels leave out what does not meet; the others compute it."""
     if compute.attention == "pallas":
         return math.inf
-    return roofline.layers(arch, 1) / roofline.attention(arch, 1) / PAIR_COST
+    pairs = blocked_attention.COMPUTED
+    return roofline.layers(arch, 1) / roofline.attention(arch, pairs)
 
 
 def packed(completions: Sequence[types.Completion], plan: packing.Packed) -> tuple[Rows, np.int32]:
