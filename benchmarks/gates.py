@@ -1,4 +1,4 @@
-"""What the gate of the thinking reward changes: six ways to train from the same start.
+"""What the gate of the thinking reward changes: eight ways to train from the same start.
 
     python -m benchmarks.gates --seeds 0 1 2
 
@@ -39,6 +39,8 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "outcome": ("--update.gate", "outcome"),
     "additive": ("--update.gate", "additive"),
     "process": ("--update.gate", "process"),
+    "posterior, 4 R_t": ("--update.thinking-weight", "4"),
+    "additive, 4 R_t": ("--update.gate", "additive", "--update.thinking-weight", "4"),
 }
 BASELINE = "outcome"
 SHARED = ("sft", "reward_model", "pairs.jsonl")
@@ -261,7 +263,7 @@ def draw(runs: Runs, variants: Sequence[str]) -> matplotlib.figure.Figure:
     figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside upper center",
-        ncols=len(variants),
+        ncols=math.ceil(len(variants) / 2),
         frameon=False,
     )
     return figure

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from pgrpo_jax import masked
 
-# Gates: how the three terms (arXiv 2508.05170, eq. 1), none with a coefficient, become one reward.
+# Gates: how the three terms (arXiv 2508.05170, eq. 1, where none has a coefficient) become one
+# reward.
 
 
 def posterior_gate(
@@ -67,15 +68,17 @@ def decoupled_advantage(
     valid_PG: jax.Array,
     *,
     std_floor: float,
+    weight: float = 1.0,
 ) -> jax.Array:
-    """The group advantage of `rewards_PG`, plus that of R_t among the group's correct completions.
+    """The group advantage of `rewards_PG`, plus `weight` times that of R_t among the group's
+    correct completions.
 
     PAPO, arXiv 2603.26535: a process reward normalised by itself is not drowned by the outcome's
     std. With fewer than two correct completions the second part is 0.
     """
     correct_PG = correct_PG & valid_PG
     process_PG = group_advantage(thinking_PG, correct_PG, std_floor=std_floor)
-    return group_advantage(rewards_PG, valid_PG, std_floor=std_floor) + process_PG
+    return group_advantage(rewards_PG, valid_PG, std_floor=std_floor) + weight * process_PG
 
 
 def _divide(centred_PG: jax.Array, scale: jax.Array) -> jax.Array:

@@ -270,6 +270,7 @@ class UpdateConfig(Settings):
 
     steps: Count = 0
     gate: Literal["posterior", "additive", "outcome", "process"] = "posterior"
+    thinking_weight: NotNegative = 1.0  # coefficient of R_t; arXiv 2508.05170 has none
     advantage: Literal["group", "group_no_std", "batch_std", "decoupled"] = "group"
     std_floor: NotNegative = 0.2
     loss_type: Literal["token", "sequence", "constant"] = "token"

@@ -253,11 +253,12 @@ def fold_rewards(
 
     r_f, r_o, r_t = map(grouped, (r_format_B, r_outcome_B, r_thinking_B))
     extra_PG = jnp.nan_to_num(grouped(r_extra_B), posinf=jnp.inf, neginf=-jnp.inf)
+    weighted_PG = cfg.update.thinking_weight * r_t
     gated_PG = {
-        "posterior": lambda: algo.posterior_gate(r_f, r_o, r_t),
-        "additive": lambda: algo.additive_gate(r_f, r_o, r_t),
+        "posterior": lambda: algo.posterior_gate(r_f, r_o, weighted_PG),
+        "additive": lambda: algo.additive_gate(r_f, r_o, weighted_PG),
         "outcome": lambda: algo.outcome_gate(r_f, r_o),
-        "process": lambda: algo.process_gate(r_f, r_t),
+        "process": lambda: algo.process_gate(r_f, weighted_PG),
     }[cfg.update.gate]()
     return Groups(
         format_PG=r_f,
@@ -277,7 +278,12 @@ def advantages(settings: config.UpdateConfig, groups: Groups) -> jax.Array:
         "group_no_std": lambda: algo.group_no_std_advantage(total_PG, valid_PG),
         "batch_std": lambda: algo.batch_std_advantage(total_PG, valid_PG, std_floor=floor),
         "decoupled": lambda: algo.decoupled_advantage(
-            groups.base_PG, groups.thinking_PG, groups.outcome_PG == 1, valid_PG, std_floor=floor
+            groups.base_PG,
+            groups.thinking_PG,
+            groups.outcome_PG == 1,
+            valid_PG,
+            std_floor=floor,
+            weight=settings.thinking_weight,
         ),
     }[settings.advantage]()
 

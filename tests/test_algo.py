@@ -116,7 +116,12 @@ def test_decoupled_advantages_compare_reasoning_among_the_correct_only():
         rewards_PG, thinking_PG, correct_PG, all_valid(rewards_PG), std_floor=0.2
     )
     outcome_PG = array([-0.5, 0.5, 0.5, -0.5]) / (1 / 3) ** 0.5
-    close(got_PG, outcome_PG + array([0, -0.3, 0.3, 0]) / 0.18**0.5)
+    process_PG = array([0, -0.3, 0.3, 0]) / 0.18**0.5
+    close(got_PG, outcome_PG + process_PG)
+    got_PG = algo.decoupled_advantage(
+        rewards_PG, thinking_PG, correct_PG, all_valid(rewards_PG), std_floor=0.2, weight=3.0
+    )
+    close(got_PG, outcome_PG + 3 * process_PG)
 
 
 def test_a_single_correct_completion_gets_no_process_advantage():

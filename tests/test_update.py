@@ -174,6 +174,18 @@ def test_completions_that_count_for_nothing_reach_no_gradient():
     assert not any(np.any(x) for x in (values["loss"], advantage_B, *moments))
 
 
+@pytest.mark.parametrize("gate", ["posterior", "additive", "process", "outcome"])
+def test_the_coefficient_weighs_the_reasoning_and_nothing_else(gate):
+    r_f, r_o, r_t = (np.array([x] * P * G, np.float32) for x in (1, 1, 0.5))
+    none, ones = np.zeros(P * G, np.float32), np.ones(P * G, bool)
+
+    def total(weight: float) -> float:
+        cfg = config(gate=gate, thinking_weight=weight)
+        return float(update.fold_rewards(cfg, r_f, r_o, r_t, none, ones).total_PG[0, 0])
+
+    assert total(4.0) - total(1.0) == (0 if gate == "outcome" else 3 * 0.5)
+
+
 def test_rows_that_devices_cannot_split_are_refused():
     with pytest.raises(ValueError, match="update.micro_batch_size = 3 rows do not split"):
         update.compile_update(config(micro_batch_size=3), ARCH, mesh(2))
