@@ -50,18 +50,20 @@ def own_sizes(chip: str) -> dict[Direction, BlockSizes]:
     return {"forward": flash_blocks.FORWARD, "backward": flash_blocks.BACKWARD}
 
 
-def build(*, direction: Direction, **sizes: int):
-    """(function, abstract arguments) of our kernel with block sizes, those of BlockSizes."""
+def build(*, direction: Direction, shared: bool, **sizes: int):
+    """(function, abstract arguments) of our kernel with block sizes, those of BlockSizes; `shared`:
+    segments may continue others, as the completions of one prompt do."""
     q, k, segments = _arguments(Shape())
 
-    def forward(q, k, v, segments):
+    def forward(q, k, v, *segments):
         chosen: dict[str, Any] = {direction: BlockSizes(**sizes)}
-        return flash_attention.flash_attention(q, k, v, segments, **chosen)
+        return flash_attention.flash_attention(q, k, v, *segments, **chosen)
 
-    def backward(q, k, v, segments):
-        return jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)[1](q)
+    def backward(q, k, v, *segments):
+        return jax.vjp(lambda q, k, v: forward(q, k, v, *segments), q, k, v)[1](q)
 
-    return {"forward": forward, "backward": backward}[direction], [q, k, k, segments]
+    arguments = [q, k, k, segments, *[segments] * shared]
+    return {"forward": forward, "backward": backward}[direction], arguments
 
 
 def build_tokamax(*, direction: Direction, block: int, part: int):

@@ -31,7 +31,8 @@ def attention_cases(chip: Chip, direction: flash.Direction) -> Iterator[Case]:
     sizes = flash.own_sizes(chip.name)[direction]
     own = functools.partial(_own_cycles, sizes=sizes)
     kinds: list[tuple[str, str, dict[str, int], Callable]] = [
-        ("ours", "build", dataclasses.asdict(sizes), own),
+        ("ours", "build", dataclasses.asdict(sizes) | {"shared": False}, own),
+        ("ours, prompts shared", "build", dataclasses.asdict(sizes) | {"shared": True}, own),
         (f"tokamax splash {PUBLIC_BLOCK}/{part}", "build_tokamax", public, _splash_cycles),
     ]
     shape = flash.Shape()
