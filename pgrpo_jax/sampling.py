@@ -1,7 +1,6 @@
 """From logits to tokens: truncation, temperature, and one draw a row."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -37,18 +36,19 @@ def pick(u_B: jax.Array, weights_BV: jax.Array) -> jax.Array:
     CPU costs ten times as much. First the block of about sqrt(V) tokens is found and then the token
     in it: no running sum over the vocabulary is formed. A token of weight 0 is never picked.
 
-    Where a mesh splits the vocabulary, no block lies on two devices: they pass on the blocks' sums
-    and the one block that is read. All weights would be as many bytes as all the layers pass on.
+    Where a mesh splits the vocabulary, each device has as many blocks, and passes on their sums and
+    the one that is read; all weights would be nearly as many bytes as what the layers pass on.
     """
-    (B, V), parts = weights_BV.shape, math.gcd(weights_BV.shape[1], sharding.axis_size("tensor"))
-    part, width = V // parts, 1 << (V.bit_length() // 2)
-    weights_BVE = jnp.pad(weights_BV.reshape(B, parts, -1), ((0, 0), (0, 0), (0, -part % width)))
-    weights_BNW = sharding.constrain(weights_BVE.reshape(B, -1, width), "BNW")
+    B, V = weights_BV.shape
+    width = 1 << (V.bit_length() // 2)
+    padding = -V % (width * sharding.axis_size("tensor"))
+    weights_BNW = jnp.pad(weights_BV, ((0, 0), (0, padding))).reshape(B, -1, width)
+    weights_BNW = sharding.constrain(weights_BNW, "BNW")
     sums_BN = weights_BNW.sum(-1)
-    block_B, rest_B = _descend(u_B * sums_BN.sum(-1), sums_BN)
+    target_B = u_B * sums_BN.sum(-1)
+    block_B, rest_B = _descend(target_B, sums_BN)
     weights_BW = jnp.take_along_axis(weights_BNW, block_B[:, None, None], axis=1)[:, 0]
-    part_B, block_B = jnp.divmod(block_B, sums_BN.shape[1] // parts)
-    return part_B * part + block_B * width + _descend(rest_B, weights_BW)[0]
+    return block_B * width + _descend(rest_B, weights_BW)[0]
 
 
 def _descend(target_B: jax.Array, weights_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
