@@ -43,7 +43,7 @@ def print_reports(found: list[Report], name: str, console: rich.console.Console)
     memory = rich.table.Table(title=f"GiB of HBM a device of {name}, limit {_gib(found[0].limit)}")
     times = rich.table.Table(title="Roofline of one execution, and of one P-GRPO step")
     for table, columns in (
-        (memory, ("params", "optimizer", "cache", "batch, results", "temporaries")),
+        (memory, ("params", "optimizer", "cache", "batch, results", "activations, temporaries")),
         (times, ("compile s", "TFLOP", "HBM GB", "links GB", "compute s", "HBM s", "links s")),
     ):
         table.add_column("program")
@@ -129,7 +129,7 @@ REMEDIES = {
     "reshard for rollout": "a longer --mesh.tensor, --rewards.offload",
     "prefill": "a smaller --rollout.batch-size, a longer --mesh.tensor, --rewards.offload",
     "decode": "a smaller --rollout.batch-size, a longer --mesh.tensor, --rewards.offload",
-    "reward scoring": f"a smaller --rewards.thinking-batch-size, {_STATE}",
+    "reward scoring": f"a smaller --rewards.thinking-batch-size, --rewards.offload, {_STATE}",
     "policy logprobs": f"a smaller --policy.compute.logprob-mb, {_STATE}",
     "reference logprobs": f"a smaller --policy.compute.logprob-mb, --update.kl none, {_STATE}",
     "update": f"a smaller --update.micro-batch-size, --policy.{_MODEL}, a smaller "

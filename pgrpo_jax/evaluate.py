@@ -142,7 +142,7 @@ def area_under_curve(above: np.ndarray, below: np.ndarray) -> float:
 @start.stage
 def run(cfg: config.Config) -> None:
     """Evaluates the run's newest policy and prints a table."""
-    cfg = start.resolved(cfg)
+    cfg = start.resolved_to_decode(cfg)
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
     arch, params = start.newest_policy(cfg, mesh)
     engine = Engine(cfg.rollout, arch, cfg.policy.compute, mesh, words.stop_ids)

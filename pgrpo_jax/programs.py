@@ -85,8 +85,9 @@ def programs(cfg: config.Config, mesh: Mesh, hbm_bytes: int) -> Iterator[Program
     if not cfg.update.steps:
         return
     yield _reshard(cfg, policy, judge, mesh)
-    yield from _rollout(cfg, policy, judge, mesh, hbm_bytes)
-    yield _scoring(cfg, policy, judge, mesh)
+    prefill, decode = _rollout(cfg, policy, judge, mesh, hbm_bytes)
+    yield from (prefill, decode)
+    yield _scoring(cfg, policy, judge, mesh, decode.arguments)
     if cfg.update.kl != "none":
         yield _logprobs(cfg, policy, judge, mesh, "reference logprobs", "reference")
     if cfg.update.importance_cap and cfg.update.num_iterations > 1:
@@ -320,7 +321,13 @@ def _rollout(
     )
 
 
-def _scoring(cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh) -> Program:
+def _scoring(
+    cfg: config.Config, policy: Architecture, judge: Architecture, mesh: Mesh, held: Bytes
+) -> Program:
+    """`held` is what a rollout has on the device. Where `rewards.ThinkingScorer.eager` says so,
+    reasonings are scored between two of its visits."""
+    one_process = len({device.process_index for device in mesh.devices.flat}) == 1
+    beside = held if one_process and not cfg.rewards.offload else {}
     rows, length = cfg.rewards.thinking_batch_size, cfg.rewards.thinking_max_length
     params = _reward_model(cfg, judge, mesh)
     score = rewards.compile_score(judge, cfg.reward_model.compute, mesh)
@@ -329,7 +336,8 @@ def _scoring(cfg: config.Config, policy: Architecture, judge: Architecture, mesh
         "reward scoring",
         _lowered(score, params.arguments, *tokens),
         {"parameters": params.bytes},
-        _waiting(cfg, policy, judge, mesh, "reward model"),
+        _waiting(cfg, policy, judge, mesh, "reward model")
+        | {f"rollout's {kind}": size for kind, size in beside.items()},
         roofline.forward(judge, roofline.rows(rows, length)),
         executions=math.ceil(_completions(cfg) / rows),
     )

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pgrpo_jax import sharding
+
 
 def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
     """Logits, -inf but for the `k` largest of each row and what equals the smallest of these."""
@@ -33,10 +35,15 @@ def pick(u_B: jax.Array, weights_BV: jax.Array) -> jax.Array:
     Inverse-CDF sampling: one random number a row where Gumbel's trick takes one a token, which on
     CPU costs ten times as much. First the block of about sqrt(V) tokens is found and then the token
     in it: no running sum over the vocabulary is formed. A token of weight 0 is never picked.
+
+    Where a mesh splits the vocabulary, each device has as many blocks, and passes on their sums and
+    the one that is read; all weights would be nearly as many bytes as what the layers pass on.
     """
     B, V = weights_BV.shape
     width = 1 << (V.bit_length() // 2)
-    weights_BNW = jnp.pad(weights_BV, ((0, 0), (0, -V % width))).reshape(B, -1, width)
+    padding = -V % (width * sharding.axis_size("tensor"))
+    weights_BNW = jnp.pad(weights_BV, ((0, 0), (0, padding))).reshape(B, -1, width)
+    weights_BNW = sharding.constrain(weights_BNW, "BNW")
     sums_BN = weights_BNW.sum(-1)
     target_B = u_B * sums_BN.sum(-1)
     block_B, rest_B = _descend(target_B, sums_BN)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import jax
 import rich.console
 
-from pgrpo_jax import config, data, hosts, rng, sharding, types, world
+from pgrpo_jax import config, data, decoding, hosts, rng, sharding, types, world
 from pgrpo_jax.config import Architecture, Config
-from pgrpo_jax.models import attention, decoder, load, reward
+from pgrpo_jax.models import attention, decoder, kernel_cache, load, reward
 
 # What the stages leave in the run's folder.
 SFT, REWARD_MODEL, PAIRS, POLICY = "sft", "reward_model", "pairs.jsonl", "policy"
@@ -85,13 +85,33 @@ def resolved(cfg: Config) -> Config:
         return dataclasses.replace(model, compute=attention.resolve(model.compute, platform))
 
     chosen = dataclasses.replace(cfg, policy=one(cfg.policy), reward_model=one(cfg.reward_model))
-    if chosen != cfg and jax.process_index() == 0:
-        words = (
+    if chosen != cfg:
+        _say(
             f"attention  policy {chosen.policy.compute.attention}, reward model "
             f"{chosen.reward_model.compute.attention} (on {platform})"
         )
-        rich.console.Console(stderr=True).print(words, highlight=False, soft_wrap=True)
     return chosen
+
+
+def resolved_to_decode(cfg: Config) -> Config:
+    """`resolved`, for a command whose policy decodes; says also what with: for some heads and cache
+    dtypes that is not the attention of its other passes."""
+    cfg = resolved(cfg)
+    arch = cfg.policy.architecture
+    if arch is None:
+        made = (str(folder(cfg, name)) for name in (POLICY, SFT) if is_done(folder(cfg, name)))
+        arch = load.architecture(next(made, cfg.policy.checkpoint))
+    layout = decoding.layout(arch, cfg.policy.compute, cfg.rollout.cache_dtype)
+    words = "the paged kernel" if layout is kernel_cache else "plain attention"
+    if layout is not kernel_cache and cfg.policy.compute.attention == "pallas":
+        words += f": the kernel takes heads of a multiple of {kernel_cache.HEAD_DIM}, and no int8"
+    _say(f"decoding   {words}")
+    return cfg
+
+
+def _say(words: str) -> None:
+    if jax.process_index() == 0:
+        rich.console.Console(stderr=True).print(words, highlight=False, soft_wrap=True)
 
 
 def problems(cfg: Config, split: Literal["train", "evaluation"]) -> list[types.Problem]:

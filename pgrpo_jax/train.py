@@ -41,7 +41,7 @@ def run(cfg: config.Config) -> None:
         cfg.update.steps > 0, "update.steps is 0: there is nothing to train; set --update.steps"
     )
     claim_folder(cfg)
-    cfg = start.resolved(cfg)
+    cfg = start.resolved_to_decode(cfg)
     try:
         sft.run(cfg)
         make_pairs.run(cfg)

@@ -1,5 +1,6 @@
 """Which attention runs where, and that the choice changes nothing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 
 from pgrpo_jax import start
-from pgrpo_jax.config import Architecture, Compute
+from pgrpo_jax.config import Architecture, Compute, Config, ModelConfig, RolloutConfig
 from pgrpo_jax.configs import tiny
 from pgrpo_jax.kernels import flash_attention
-from pgrpo_jax.models import attention, decoder
+from pgrpo_jax.models import attention, decoder, load
 
 ARCH = Architecture(vocab_size=20, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=24)
 
@@ -51,6 +52,37 @@ def test_the_choice_is_made_once_and_said(capsys):
     assert capsys.readouterr().err == ("attention  policy blocked, reward model blocked (on cpu)\n")
     assert start.resolved(chosen) == chosen
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "cache_dtype", "said"),
+    [
+        ("tpu", 128, "compute", "the paged kernel"),
+        ("tpu", 32, "compute", "plain attention: the kernel takes heads of a multiple of 64"),
+        ("tpu", 128, "int8", "plain attention: the kernel takes heads of a multiple of 64"),
+        ("cpu", 128, "compute", "plain attention\n"),
+    ],
+)
+@pytest.mark.parametrize("where", ["settings", "folder"])
+def test_what_decodes_is_said_too(
+    platform, head_dim, cache_dtype, said, where, capsys, monkeypatch, tmp_path
+):
+    arch = dataclasses.replace(ARCH, head_dim=head_dim)
+    model = ModelConfig(architecture=arch)
+    if where == "folder":  # of which the settings say nothing; the warm-up has left it
+        params = decoder.init(arch, Compute(), jax.random.key(0))
+        load.save_policy(str(tmp_path / start.SFT), arch, params)
+        model = ModelConfig(checkpoint="nowhere")
+    cfg = Config(
+        policy=model,
+        reward_model=model,
+        rollout=RolloutConfig(cache_dtype=cache_dtype),
+        workdir=str(tmp_path),
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    start.resolved_to_decode(cfg)
+    first, second = capsys.readouterr().err.splitlines(keepends=True)
+    assert first.startswith("attention ") and second.startswith(f"decoding   {said}")
 
 
 @pytest.fixture

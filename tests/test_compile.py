@@ -324,6 +324,17 @@ def test_an_offloaded_reward_model_leaves_its_room_to_the_update():
     assert kept["reward model"] > 0 and "reward model" not in away
 
 
+def test_reasonings_are_scored_beside_the_rollout_unless_the_reward_model_is_away():
+    mesh = sharding.make_mesh(c.MeshConfig(tensor=2))
+    beside, away = (
+        {p.name: p for p in programs.programs(cfg, mesh, 2**30)}
+        for cfg in (small(), dataclasses.replace(small(), rewards=c.RewardsConfig(offload=True)))
+    )
+    for kind, size in beside["decode"].arguments.items():
+        assert beside["reward scoring"].resident[f"rollout's {kind}"] == size > 0
+    assert not any("rollout's" in kind for kind in away["reward scoring"].resident)
+
+
 def test_the_cache_takes_what_the_memory_leaves_and_at_least_one_completion():
     cfg, mesh = small(), sharding.make_mesh(c.MeshConfig(tensor=2))
     architectures = programs.architectures(cfg)

@@ -54,28 +54,31 @@ def assert_close(got, wanted, tolerance):
     np.testing.assert_allclose(got[1], wanted[1], atol=5e-6)
 
 
-def block_bytes(K, S, H, pages):
-    """Of a float32 block of so many pages."""
-    return pages * K * S * 2 * H * 4
-
-
-# Few shapes, since each is compiled; many lengths. The last has key and value of 64 in 128 lanes,
-# blocks of a page, a group of queries that fills more than one register, and one core.
+# Few, since each is compiled; many lengths. The second and the last have key and value of 64 in 128
+# lanes, the third a group of queries that fills more than one register, and the last more pages
+# than are copied in straight-line code.
 SHAPES = [
-    ({"K": 2, "group": 7, "S": 16, "H": 128, "M": 6}, Blocks(block_bytes(2, 16, 128, 4))),
-    ({"K": 1, "group": 4, "S": 48, "H": 128, "M": 2}, Blocks(2**20, buffers=2)),
-    ({"K": 3, "group": 9, "S": 32, "H": 64, "M": 3}, Blocks(1, buffers=4, cores=1)),
+    {"K": 2, "group": 7, "S": 16, "H": 128, "M": 6},
+    {"K": 1, "group": 4, "S": 48, "H": 64, "M": 2},
+    {"K": 3, "group": 9, "S": 32, "H": 64, "M": 3},
+    {"K": 1, "group": 2, "S": 16, "H": 64, "M": 11},
 ]
+# Blocks of 2, 2, 1 and 9 pages of these in float32; and of one page each, on one core.
+BLOCKS = [Blocks(9 * 2**13), Blocks(1, buffers=4, cores=1)]
 
 
-@pytest.mark.parametrize(("shape", "blocks"), SHAPES)
-def test_the_kernels_do_what_the_reference_does(shape, blocks):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernels_do_what_the_reference_does(shape):
     most = shape["M"] * shape["S"]
     length = st.one_of(st.integers(0, most), st.sampled_from([0, 1, most - 1, most]))
 
-    @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(seed=st.integers(0, 2**16), lengths=st.lists(length, min_size=5, max_size=5))
-    def agree(seed, lengths):
+    @hypothesis.settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(
+        seed=st.integers(0, 2**16),
+        lengths=st.lists(length, min_size=5, max_size=5),
+        blocks=st.sampled_from(BLOCKS),
+    )
+    def agree(seed, lengths, blocks):
         assert_both_agree(draw(seed, lengths, **shape), blocks, 2e-6)
 
     agree()
@@ -93,11 +96,15 @@ def test_in_bfloat16_they_differ_from_float32_by_its_rounding():
     assert np.abs(np.float32(got) - wanted).max() < 2**-7
 
 
-@pytest.mark.parametrize("lengths", [[33, 0, 16, 40], [0, 0, 0, 0]])
-def test_no_copy_races_with_another_or_with_its_use(lengths, capsys):
-    """Two cores, blocks of one page, so that each buffer is used again and again."""
+@pytest.mark.parametrize(
+    ("lengths", "pages", "block_bytes"),
+    [([33, 0, 16, 40], 3, 1), ([0, 0, 0, 0], 3, 1), ([160, 130, 0, 150], 10, 9 * 2**13)],
+)
+def test_no_copy_races_with_another_or_with_its_use(lengths, pages, block_bytes, capsys):
+    """Two cores; blocks of one page, so that each buffer is used again and again, or of nine."""
     simulated = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-    assert_both_agree(draw(0, lengths, K=1, group=1), Blocks(1, buffers=2), 2e-6, simulated)
+    case = draw(0, lengths, K=1, group=1, M=pages)
+    assert_both_agree(case, Blocks(block_bytes, buffers=2), 2e-6, simulated)
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 

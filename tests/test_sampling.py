@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from pgrpo_jax import sampling
+from pgrpo_jax import hlo, sampling, sharding
+from pgrpo_jax.config import MeshConfig
 
 
 def keys(count: int) -> jax.Array:
@@ -36,6 +38,21 @@ def test_even_shares_pick_each_token_as_often_as_its_weight_says(vocabulary):
     counts = np.bincount(ids_B, minlength=vocabulary)
     # An interval of length w holds w * shares of evenly spaced points, give or take one.
     assert np.abs(counts - shares * weights_V / weights_V.sum()).max() < 1.1
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_devices_that_split_the_vocabulary_pick_the_same_and_do_not_send_it_around(tensor):
+    on = sharding.make_mesh(MeshConfig(tensor=tensor))
+    # Sums of whole numbers are exact in any order. 5000 / 8 tokens are no whole number of blocks.
+    weights_BV = np.random.default_rng(0).integers(0, 4, (32, 5000)).astype(np.float32)
+    u_B = (np.arange(32, dtype=np.float32) + 0.5) / 32
+    split = NamedSharding(on, PartitionSpec(sharding.ROWS, "tensor"))
+    places = (sharding.batch(on), split)
+    program = jax.jit(sharding.on(on, sampling.pick), in_shardings=places)
+    assert program(u_B, weights_BV).tolist() == sampling.pick(u_B, weights_BV).tolist()
+    moved = hlo.collective_bytes(hlo.parse(program.lower(u_B, weights_BV).compile().as_text()))
+    rows_bytes = weights_BV.nbytes / sharding.row_parts(on)
+    assert 0 < sum(moved.values()) < rows_bytes / 10
 
 
 def test_a_token_without_weight_is_never_picked():
