@@ -56,6 +56,10 @@ def main(arguments: list[str]) -> None:
         control.send(bytes([sandbox_wire.BROKEN]) + str(error).encode())
         return
     control.send(bytes([sandbox_wire.READY]) + said.encode())
+    # where no program can have a descriptor, see `SystemCalls`
+    os.dup2(sandbox_wire.CONTROL, sandbox_jail.MOST_OPEN, inheritable=False)
+    control.close()
+    control = socket.socket(fileno=sandbox_jail.MOST_OPEN)
     alone = settings["tier"] == "namespaces"
     _Slot(control, settings["scratch"], calls, alone).serve()
 
