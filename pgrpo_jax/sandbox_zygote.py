@@ -82,6 +82,8 @@ def _prepare(settings: dict) -> str:
     for name in _MODULES + settings["preload"]:
         importlib.import_module(name)
     _seed()
+    if tier == "landlock":  # with namespaces /dev/shm is the scratch folder
+        importlib.import_module("pgrpo_jax.sandbox_semaphore").install()
     os.register_at_fork = posix.register_at_fork  # see sandbox_slot
     _hide_the_sandbox()
     sandbox_run.install_builtins()
