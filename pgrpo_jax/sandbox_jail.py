@@ -80,6 +80,9 @@ def seal(descriptor: int) -> None:
 # --- limits
 
 
+MOST_OPEN = 128  # descriptors, from 0
+
+
 def limit(cpu_s: int, memory_mb: int, file_mb: int) -> None:
     """Backstops inside the program's process; the judge's clock outside acts first.
 
@@ -91,7 +94,7 @@ def limit(cpu_s: int, memory_mb: int, file_mb: int) -> None:
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_AS, space),
         (resource.RLIMIT_FSIZE, file_mb * MEGABYTE),
-        (resource.RLIMIT_NOFILE, 128),
+        (resource.RLIMIT_NOFILE, MOST_OPEN),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
@@ -145,7 +148,7 @@ _CALLS = {  # allowed: numbers on x86-64 and aarch64, None where it does not exi
     "timer_settime": (223, 110), "timer_gettime": (224, 108), "timer_delete": (226, 111),
     "timer_getoverrun": (225, 109), "copy_file_range": (326, 285), "sendfile": (40, 71),
     "close_range": (436, 436), "socketpair": (53, 199), "sendto": (44, 206), "recvfrom": (45, 207),
-    "sendmsg": (46, 211), "recvmsg": (47, 212), "shutdown": (48, 210), "getsockname": (51, 204),
+    "recvmsg": (47, 212), "shutdown": (48, 210), "getsockname": (51, 204),
     "getpeername": (52, 205), "getsockopt": (55, 209), "setsockopt": (54, 208),
     "wait4": (61, 260), "waitid": (247, 95),
 }
@@ -161,8 +164,9 @@ _UNSUPPORTED = {  # answer ENOTSUP, which copying a file expects of many file sy
 }
 _REFUSED = {  # what programs try: names for reports; all that is in no table is refused as well
     "socket": (41, 198), "connect": (42, 203), "accept": (43, 202), "bind": (49, 200),
-    "listen": (50, 201), "accept4": (288, 242), "clone": (56, 220), "fork": (57, None),
-    "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129),
+    "listen": (50, 201), "accept4": (288, 242), "sendmsg": (46, 211),
+    "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "execve": (59, 221),
+    "execveat": (322, 281), "kill": (62, 129),
     "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "prctl": (157, 167),
     "prlimit64": (302, 261), "ptrace": (101, 117), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424),
@@ -188,6 +192,7 @@ _REFUSED = {  # what programs try: names for reports; all that is in no table is
 # fmt: on
 _SECCOMP, _CLONE3 = (317, 277), (435, 435)
 _CLONE, _PRCTL, _PRLIMIT = (_REFUSED[name] for name in ("clone", "prctl", "prlimit64"))
+_SENDMSG = _REFUSED["sendmsg"]
 _SIGNALS = tuple(_REFUSED[name] for name in ("kill", "tkill", "tgkill"))
 _AUDIT = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _ALLOW, _ERRNO, _KILL, _ASK = 0x7FFF0000, 0x00050000, 0x80000000, 0x7FC00000
@@ -249,6 +254,11 @@ class SystemCalls:
         actions[_CLONE[self._column]] = [_load(16), thread, allow, refuse]
         for numbers in _SIGNALS:
             actions[numbers[self._column]] = [_load(16), _OWN_PID, refuse, allow]
+        # Descriptors on their way count for the user, not for the process: a program with many of
+        # them would keep all others from starting. Only the zygote's own socket may carry them; its
+        # number is one that no program can have.
+        greeting = _jump(_EQUAL, MOST_OPEN, 0, 1)
+        actions[_SENDMSG[self._column]] = [_load(16), greeting, allow, refuse]
         actions[_PRLIMIT[self._column]] = [_load(16), _jump(_EQUAL, 0, 0, 1), allow, refuse]
         options = [b for o in _HARMLESS_PRCTL for b in (_jump(_EQUAL, o, 0, 1), allow)]
         actions[_PRCTL[self._column]] = [_load(16), *options, refuse]

@@ -44,7 +44,8 @@ _ALWAYS: tuple[str, ...] = (
     "__getitem__",
     "__setitem__",
 )
-_ALWAYS += ("__delitem__", "__enter__", "__exit__", "__str__", "__repr__", "__bool__")
+_ALWAYS += ("__delitem__", "__enter__", "__exit__", "__str__", "__repr__", "__format__")
+_ALWAYS += ("__bool__", "__aenter__", "__aexit__", "__aiter__", "__anext__")
 _BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()  # noqa: SIM905
 _BY_NAME: tuple[str, ...] = tuple(
     f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i")
@@ -94,6 +95,18 @@ class _ForeignClass(Foreign):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._link.ask("call", self._handle, args, kwargs)
 
+    def __getitem__(self, key: Any) -> Any:
+        return self._link.ask("item", self._handle, key)
+
+    def __iter__(self) -> Any:
+        return self._link.ask("op", self._handle, "__iter__", ())
+
+    def __len__(self) -> int:
+        return self._link.ask("op", self._handle, "__len__", ())
+
+    def __bool__(self) -> bool:
+        return True  # a length has the class of an enumeration only
+
 
 class Link:
     """One side of the connection; `guarded` is the tests' side."""
@@ -110,6 +123,7 @@ class Link:
         self._theirs: dict[int, Any] = {}
         self._kinds: dict[int, type] = {}
         self._errors: dict[int, type[BaseException]] = {}
+        self._events: Any = None  # asyncio's loop, once something is awaited
         self.printed = io.StringIO()
 
     def trust(self, value: Any) -> None:
@@ -202,6 +216,8 @@ class Link:
             return self._export_error(value)
         if isinstance(value, _PLAIN) and not _has_methods(kind):
             return None
+        if not self._guarded and hasattr(kind, "__await__"):
+            return ["awaitable", self._handle_of(value)]
         names = [name for name in (*_ALWAYS, *_BY_NAME) if hasattr(kind, name)]
         return ["object", self._handle_of(value), self._handle_of(kind), kind.__name__, names]
 
@@ -227,9 +243,11 @@ class Link:
                 return False
             return True
 
-        content = (
-            {k: v for k, v in vars(error).items() if plain(v)} if hasattr(error, "__dict__") else {}
-        )
+        own = [
+            base for base in type(error).__mro__ if not _known_error(base) and base is not object
+        ]
+        content = {k: v for base in reversed(own) for k, v in vars(base).items() if plain(v)}
+        content |= {k: v for k, v in getattr(error, "__dict__", {}).items() if plain(v)}
         arguments = [v if plain(v) else str(type(v)) for v in error.args]
         body = sandbox_wire.dumps((arguments, content, isinstance(error, StopIteration))).decode()
         return ["error", self._export_class(type(error)), body]
@@ -259,6 +277,7 @@ class Link:
         content: dict[str, Any] = {
             method: _forward(method) for method in methods if method in allowed
         }
+        content["__doc__"] = property(lambda self: self._link.ask("get", self._handle, "__doc__"))
         return type(name, (Foreign,), {**content, "_trusted": trusted})
 
     def _import_class(self, handle: int, name: str) -> Any:
@@ -294,6 +313,14 @@ class Link:
             raise ValueError(f"an array of {dtype!r}")
         array = numpy.frombuffer(bytes.fromhex(body), kind).reshape([int(n) for n in shape]).copy()
         return array[()] if scalar else array
+
+    def _import_awaitable(self, handle: int) -> Any:
+        """A coroutine that, once awaited, lets the other one run to its end in its own process."""
+
+        async def wait() -> Any:
+            return self.ask("await", handle)
+
+        return wait()
 
     def _import_module(self, name: str) -> Any:
         top = str(name).partition(".")[0]
@@ -346,6 +373,17 @@ class Link:
         target = self._object(handle)
         return getattr(type(target), name)(target, *args)
 
+    def _item(self, handle: int, key: Any) -> Any:
+        return self._object(handle)[key]
+
+    def _await(self, handle: int) -> Any:
+        async def wait() -> Any:
+            return await self._object(handle)
+
+        if self._events is None:  # one for all: its end would close generators that go on
+            self._events = importlib.import_module("asyncio").new_event_loop()
+        return self._events.run_until_complete(wait())
+
     def _is_instance(self, handle: int, value: Any) -> bool:
         return isinstance(value, self._object(handle))
 
@@ -358,6 +396,8 @@ _SERVICES: dict[str, Callable[..., Any]] = {
     "get": Link._get,
     "set": Link._set,
     "op": Link._operate,
+    "item": Link._item,
+    "await": Link._await,
     "isinstance": Link._is_instance,
     "input": Link._input,
     "names": lambda link, classes: link._names(classes),
@@ -366,6 +406,7 @@ _IMPORTS: dict[str, Callable[..., Any]] = {
     "yours": Link._object,
     "object": Link._import_object,
     "class": Link._import_class,
+    "awaitable": Link._import_awaitable,
     "builtin": lambda _, name: _builtin_class(name),
     "error class": Link._import_error_class,
     "error": Link._import_error,

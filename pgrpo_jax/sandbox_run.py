@@ -139,13 +139,18 @@ def _checker(job: dict[str, Any]) -> None:
 def _execute(source: str, main: types.ModuleType, failed: int = 1) -> int:
     """Runs a program as `python program.py` does, and returns its exit status."""
     try:
-        exec(compile(source, FILE, "exec", dont_inherit=True), main.__dict__)
+        exec(_compiled(source), main.__dict__)
     except SystemExit as exit_:
         return _status(exit_.code)
     except BaseException as error:
         _show(error)
         return failed
     return 0
+
+
+def _compiled(source: str) -> types.CodeType:
+    """A file may begin with a byte order mark, which `compile` takes for a part of text."""
+    return compile(source.removeprefix("\ufeff"), FILE, "exec", dont_inherit=True)
 
 
 def _status(code: object) -> int:
@@ -218,7 +223,7 @@ def load(source: str, program: types.ModuleType) -> None:
         exec(PRELUDE, program.__dict__)
         sys.setrecursionlimit(50_000)
     _leave_source(source)
-    exec(compile(source, FILE, "exec", dont_inherit=True), program.__dict__)
+    exec(_compiled(source), program.__dict__)
 
 
 def find(program: types.ModuleType, name: str) -> Any:

@@ -42,10 +42,17 @@ def main(arguments: list[str]) -> None:
     )
     server = _Server(socket.socket(fileno=descriptor), settings)
     try:
+        server.watch_trainer()
         if os.getppid() == trainer and server.start():
             server.run()
+    except _TrainerGone:
+        pass
     finally:
         server.close()
+
+
+class _TrainerGone(Exception):
+    """Nobody waits for results any more: all that goes on here, a slot's start too, ends."""
 
 
 class _Job:
@@ -72,7 +79,12 @@ class _Server:
         self._done: collections.OrderedDict[bytes, bytes] = collections.OrderedDict()
         self._running: dict[sandbox_slot.Slot, _Job] = {}
         self._accepted = self._runs = 0
-        self._open = True
+
+    def watch_trainer(self) -> None:
+        self._trainer.setblocking(False)
+        self._loop.watch(self._trainer.fileno(), self._hear)
+        with contextlib.suppress(OSError):  # a child of the trainer may hold our socket open
+            self._loop.watch(sandbox_jail.handle_of(os.getppid()), self._leave)
 
     def start(self) -> bool:
         """Tells the trainer the tier, or why there is none; then False."""
@@ -81,11 +93,7 @@ class _Server:
         return "tier" in said
 
     def run(self) -> None:
-        self._trainer.setblocking(False)
-        self._loop.watch(self._trainer.fileno(), self._hear)
-        with contextlib.suppress(OSError):  # a child of the trainer may hold our socket open
-            self._loop.watch(sandbox_jail.handle_of(os.getppid()), self._stop)
-        while self._open:
+        while True:
             self._hand_out()
             self._loop.turn(self._pool.next_look() - time.monotonic())
             for slot in self._pool.look():
@@ -93,8 +101,8 @@ class _Server:
                 if job is not None:
                     self._failed(job, f"a slot broke: {slot.said}")
 
-    def _stop(self) -> None:
-        self._open = False
+    def _leave(self) -> None:
+        raise _TrainerGone
 
     def close(self) -> None:
         self._pool.close()
@@ -163,7 +171,7 @@ class _Server:
         except ConnectionError:
             data = b""
         if not data:
-            return self._stop()
+            self._leave()
         for message in self._frames.feed(data):
             (number,) = sandbox_wire.REQUEST.unpack_from(message)
             body = message[sandbox_wire.REQUEST.size :]
@@ -202,4 +210,4 @@ class _Server:
             sandbox_wire.send_frame(self._trainer, head + body)
             self._trainer.setblocking(False)
         except OSError:
-            self._stop()
+            self._leave()

@@ -56,6 +56,10 @@ def main(arguments: list[str]) -> None:
         control.send(bytes([sandbox_wire.BROKEN]) + str(error).encode())
         return
     control.send(bytes([sandbox_wire.READY]) + said.encode())
+    # where no program can have a descriptor, see `SystemCalls`
+    os.dup2(sandbox_wire.CONTROL, sandbox_jail.MOST_OPEN, inheritable=False)
+    control.close()
+    control = socket.socket(fileno=sandbox_jail.MOST_OPEN)
     alone = settings["tier"] == "namespaces"
     _Slot(control, settings["scratch"], calls, alone).serve()
 
@@ -78,6 +82,8 @@ def _prepare(settings: dict) -> str:
     for name in _MODULES + settings["preload"]:
         importlib.import_module(name)
     _seed()
+    if tier == "landlock":  # with namespaces /dev/shm is the scratch folder
+        importlib.import_module("pgrpo_jax.sandbox_semaphore").install()
     os.register_at_fork = posix.register_at_fork  # see sandbox_slot
     _hide_the_sandbox()
     sandbox_run.install_builtins()

@@ -161,22 +161,49 @@ def scratch_folders() -> set[pathlib.Path]:
     }
 
 
+def left_behind(processes_before: set[str], folders_before: set[pathlib.Path], within_s: float):
+    """What there still is after that time and was not there before."""
+    deadline = time.monotonic() + within_s
+    while True:
+        ours = processes_below(os.getpid())  # the fixture's slots may be starting all the while
+        left = set(processes_of_the_judge()) - processes_before
+        left = {line for line in left if int(line.split()[0]) not in ours}
+        folders = scratch_folders() - folders_before
+        if not (left or folders) or time.monotonic() > deadline:
+            return left, folders
+        time.sleep(0.05)
+
+
 def test_killing_the_trainer_leaves_nothing_behind(judge):
-    processes_before, folders_before = set(processes_of_the_judge()), scratch_folders()
+    before = set(processes_of_the_judge()), scratch_folders()
     command = [sys.executable, "-c", TRAINER, judge.tier]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout.readline() == "ready\n"
-        assert len(processes_of_the_judge()) > len(processes_before)
+        assert len(processes_of_the_judge()) > len(before[0])
         trainer.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        left = set(processes_of_the_judge()) - processes_before
-        ours = processes_below(os.getpid())  # the fixture's slots may be starting all the while
-        left = {line for line in left if int(line.split()[0]) not in ours}
-        if not left and scratch_folders() <= folders_before:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"left behind: {left} {scratch_folders() - folders_before}")
+    assert left_behind(*before, within_s=20) == (set(), set())
+
+
+STARTING = """
+import sys
+from pgrpo_jax import config, sandbox
+slow = "from pgrpo_jax import sandbox_slot as s; boot = s._PYTHON[-1].replace("
+slow += "'sandbox_zygote.main', 'import time; time.sleep(600); sandbox_zygote.main'); "
+slow += "s._PYTHON = (*s._PYTHON[:-1], boot); "
+sandbox._BOOT = sandbox._BOOT.replace("sandbox_server.main", slow + "sandbox_server.main")
+sandbox.Judge(config.JudgeConfig(workers=2, tier=sys.argv[1]))
+"""
+
+
+def test_killing_the_trainer_while_slots_start_leaves_nothing_behind(judge):
+    before = set(processes_of_the_judge()), scratch_folders()
+    with subprocess.Popen([sys.executable, "-c", STARTING, judge.tier]) as trainer:
+        deadline = time.monotonic() + 20
+        while len(processes_below(trainer.pid)) < 2:  # the server and its first slot
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        trainer.send_signal(signal.SIGKILL)
+    assert left_behind(*before, within_s=5) == (set(), set())
 
 
 SLOW = "import time, pgrpo_jax.sandbox_jail as j; j.build_root = lambda *_: time.sleep(600); "
