@@ -61,17 +61,19 @@ def params():
 
 
 def batch() -> update.UpdateBatch:
-    """16 completions of 4 prompts, of several lengths, a row each, in two micro-batches."""
+    """16 completions of 4 prompts, of several lengths, a row each, in two micro-batches. The first
+    three tokens are a segment that the others continue."""
     rng = np.random.default_rng(0)
     B, shape_ART = 16, (2, 8, 12)
     lengths_AR1 = rng.integers(5, 13, (2, 8, 1))
     columns_T = np.arange(12)
-    segments_ART = (columns_T < lengths_AR1).astype(np.int32)
+    segments_ART = np.where(columns_T < lengths_AR1, 1 + (columns_T >= 3), 0).astype(np.int32)
     return update.UpdateBatch(
         rows=update.Rows(
             ids=rng.integers(0, ARCH.vocab_size, shape_ART, dtype=np.int32),
             positions=np.broadcast_to(columns_T, shape_ART).astype(np.int32),
             segments=segments_ART,
+            prefixes=(segments_ART == 2).astype(np.int32),
             completion=(segments_ART > 0) & (columns_T >= 4),
             owner=np.broadcast_to(np.arange(B).reshape(2, 8, 1), shape_ART).astype(np.int32),
             old_logp=rng.normal(-3.5, 0.1, shape_ART).astype(np.float32),
