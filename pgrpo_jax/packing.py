@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 # A row of the longest sequence holds pairs only of a long and a short one; half as much again
 # leaves under 10 % of padding at mixed lengths.
 LONGER = 1.5
+TILE = 128  # tokens side by side in a TPU's registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +117,15 @@ def kinds(own: int, shared: int, rows_at_once: int, parts: int) -> list[tuple[in
     Rows of the longest sequence, `rows_at_once` of them; rows of LONGER; and half as many that
     begin with a prompt and have room for three of its longest completions, or for four, if those
     need no more than a fiftieth more tokens than rows of LONGER. Always a multiple of `parts`.
+    Rows of more than eight tiles are rounded up to whole ones: a TPU's compiler takes half as long
+    again where it has to pad them itself.
     """
     longer = int(LONGER * (own + shared))
     found = [(own + shared, rows_at_once), (longer, rows_at_once)]
     if rows_at_once % (2 * parts) == 0:
         count = 4 if shared + 4 * own <= 1.02 * 2 * longer else 3
         found.append((shared + count * own, rows_at_once // 2))
-    return found
+    return [(t if t <= 8 * TILE else math.ceil(t / TILE) * TILE, rows) for t, rows in found]
 
 
 def _spread(rows: list[list[int]], count: int) -> list[list[int]]:

@@ -89,6 +89,11 @@ def test_longer_rows_are_fewer_at_a_time():
     assert packing.kinds(129, 63, rows_at_once=8, parts=8) == [(192, 8), (288, 8)]
 
 
+def test_long_rows_are_whole_tiles():
+    kinds = packing.kinds(3073, 1023, rows_at_once=8, parts=4)
+    assert kinds == [(4096, 8), (6144, 8), (10368, 4)]
+
+
 def test_sequences_of_one_length_are_not_padded():
     plan = packing.pack(alone([192] * 8), 192, 0, 4, parts=4, even=math.inf)
     assert plan == packing.Packed([[[0], [2], [1], [3]], [[4], [6], [5], [7]]], 4, 192, limit=2)
