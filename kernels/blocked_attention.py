@@ -1,10 +1,10 @@
 """Attention in blocks of queries, in plain jnp: for processors without a kernel of their own.
 
 What `attention.reference` computes, for tokens that attend each other in the order of their
-columns: within a segment positions rise from left to right, and what it continues lies before it. A
-block of queries then needs no key
-behind its last column, and the gradient computes the weights again from their normaliser: nothing
-of [T, T] outlives its block (arXiv 2205.14135, algorithms 1 and 4).
+columns: within a segment positions rise from left to right, and what it continues lies before it.
+A block of queries then needs no key behind its last column, and the gradient computes the weights
+again from their normaliser: nothing of [T, T] outlives its block (arXiv 2205.14135, algorithms 1
+and 4).
 
 Products are written so that the larger factor lies as it is read: XLA on CPU copies it otherwise.
 Layouts: q_BTNH, k_BTKH, v_BTKH, positions and segments int32; out_BTNH in q's dtype. E are the

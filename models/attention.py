@@ -53,9 +53,9 @@ def attend(
     """out_BTNH by the implementation `compute.attention` names; masks as in `kernels.attention`.
 
     The kernels are for tokens that attend each other, in the order of their columns: within a
-    segment positions rise from left to right, and a segment that is continued lies before those
-    that do. A query that reads a longer cache takes the
-    reference; a cache of as many columns as there are new tokens holds nothing else.
+    segment positions rise from left to right, and what it continues lies before it. A query that
+    reads a longer cache takes the reference; a cache of as many columns as there are new tokens
+    holds nothing else.
     """
     if compute.attention == "auto":
         compute = resolve(compute, jax.default_backend())

@@ -96,6 +96,7 @@ def completions(prompts: int, each: int, prompt: int, drawn: int) -> Load:
 
 
 def forward(arch: Architecture, load: Load) -> Work:
+    """Every layer, and the logits of the tokens that meet the vocabulary."""
     flops = layers(arch, load.tokens) + attention(arch, load.pairs)
     flops += unembedding(arch, load.predicted)
     return Work(flops, flops)
