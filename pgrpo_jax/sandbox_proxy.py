@@ -1,7 +1,8 @@
 """Two processes that call each other: the tests in one, the program in the other.
 
 What is plain travels by value; what is not stays where it is and is stood for by a `Foreign` with a
-handle. The tests' side is guarded: the program must neither decide a comparison nor look around.
+handle (`sandbox_foreign`). The tests' side is guarded: the program must neither decide a comparison
+nor look around.
 
 * Comparing a foreign object is not asked of the program: it equals only itself. Its operators work
   only if the tests speak of its class by name, and so do methods that plain values have as well
@@ -27,31 +28,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from pgrpo_jax import sandbox_wire
+from pgrpo_jax import sandbox_foreign, sandbox_wire
+from pgrpo_jax.sandbox_foreign import Foreign, ForeignClass
 
 MESSAGE_LIMIT = 64 << 20
 PRINT_LIMIT = 1 << 20
 _ARRAY_KINDS = "biufcSU"  # of numpy: numbers, bytes and texts
 
-_PLAIN = (int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset, complex, bool)
-_PLAIN_NAMES = {name for kind in _PLAIN for name in dir(kind)}
 _MUTABLE = (list, dict, set, bytearray)
-_ALWAYS: tuple[str, ...] = (
-    "__call__",
-    "__iter__",
-    "__next__",
-    "__len__",
-    "__getitem__",
-    "__setitem__",
-)
-_ALWAYS += ("__delitem__", "__enter__", "__exit__", "__str__", "__repr__", "__format__")
-_ALWAYS += ("__bool__", "__aenter__", "__aexit__", "__aiter__", "__anext__")
-_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()  # noqa: SIM905
-_BY_NAME: tuple[str, ...] = tuple(
-    f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r", "i")
-)
-_BY_NAME += ("__lt__", "__le__", "__gt__", "__ge__", "__contains__", "__neg__", "__pos__")
-_BY_NAME += ("__abs__", "__invert__", "__int__", "__float__", "__index__", "__round__")
 _HIDDEN = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType)
 _CLOSED = (
     types.FunctionType,
@@ -66,48 +50,6 @@ class Gone(BaseException):
     """The other process has ended."""
 
 
-class Foreign:
-    """Stands for an object of the other process. Made by `Link` only."""
-
-    _trusted = True
-
-    def __init__(self, link: "Link", handle: int):
-        object.__setattr__(self, "_link", link)
-        object.__setattr__(self, "_handle", handle)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in ("__name__", "__doc__", "__wrapped__"):
-            raise AttributeError(name)
-        if name in _PLAIN_NAMES and not self._trusted:
-            raise AttributeError(f"{name!r} of a {type(self).__name__} that is no plain value")
-        return self._link.ask("get", self._handle, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._link.ask("set", self._handle, name, value)
-
-
-class _ForeignClass(Foreign):
-    def __instancecheck__(self, value: Any) -> bool:
-        return (
-            isinstance(value, Foreign) and self._link.ask("isinstance", self._handle, value) is True
-        )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._link.ask("call", self._handle, args, kwargs)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._link.ask("item", self._handle, key)
-
-    def __iter__(self) -> Any:
-        return self._link.ask("op", self._handle, "__iter__", ())
-
-    def __len__(self) -> int:
-        return self._link.ask("op", self._handle, "__len__", ())
-
-    def __bool__(self) -> bool:
-        return True  # a length has the class of an enumeration only
-
-
 class Link:
     """One side of the connection; `guarded` is the tests' side."""
 
@@ -116,20 +58,23 @@ class Link:
         self._socket = socket.socket(fileno=descriptor)
         self._guarded = guarded
         self._names = names
-        self._trusted: set[int] = set()  # handles of the classes that the tests speak of
         self._lock = threading.RLock()
         self._mine: dict[int, Any] = {}
         self._handles: dict[int, int] = {}  # id of one of mine: its handle
+        self._operators: dict[int, list[str]] = {}  # of one of mine that is a class
         self._theirs: dict[int, Any] = {}
-        self._kinds: dict[int, type] = {}
         self._errors: dict[int, type[BaseException]] = {}
         self._events: Any = None  # asyncio's loop, once something is awaited
         self.printed = io.StringIO()
 
     def trust(self, value: Any) -> None:
         """The tests speak of this class by name: what it defines is what they are about."""
-        if isinstance(value, _ForeignClass):
-            self._trusted.add(value._handle)
+        if isinstance(value, ForeignClass):
+            sandbox_foreign.trust(value)
+
+    def adopt(self, handle: int, made: ForeignClass) -> None:
+        """The other process has made a subclass that the tests define here."""
+        self._theirs[handle] = made
 
     # --- talking
 
@@ -201,8 +146,8 @@ class Link:
 
     def _export(self, value: Any) -> Any:
         kind = type(value)
-        if issubclass(kind, Foreign):
-            return ["yours", value._handle]
+        if issubclass(kind, (Foreign, ForeignClass)):
+            return ["yours", value._sandbox_handle]
         if self._guarded and isinstance(value, (*_HIDDEN, *_loaded("unittest", "TestCase"))):
             raise sandbox_wire.Unpackable(f"a {kind.__name__} is not for the program")
         scalar = isinstance(value, _loaded("numpy", "generic"))
@@ -214,28 +159,30 @@ class Link:
             return ["module", value.__name__]
         if isinstance(value, BaseException):
             return self._export_error(value)
-        if isinstance(value, _PLAIN) and not _has_methods(kind):
+        if isinstance(value, sandbox_foreign.PLAIN) and not _has_methods(kind):
             return None
         if not self._guarded and hasattr(kind, "__await__"):
             return ["awaitable", self._handle_of(value)]
-        names = [name for name in (*_ALWAYS, *_BY_NAME) if hasattr(kind, name)]
-        return ["object", self._handle_of(value), self._handle_of(kind), kind.__name__, names]
+        return ["object", self._handle_of(value), *self._describe(kind)]
+
+    def _describe(self, kind: type) -> list[Any]:
+        handle = self._handle_of(kind)
+        if handle not in self._operators:
+            self._operators[handle] = sandbox_foreign.operators_of(kind)
+        return [handle, kind.__name__, self._operators[handle]]
 
     def _export_class(self, value: type) -> Any:
         if value.__module__ == "builtins" and getattr(builtins, value.__name__, None) is value:
             return ["builtin", value.__name__]
+        if _known_error(value):
+            return ["known error", value.__module__, value.__name__]
         if issubclass(value, BaseException):
-            known = next(base for base in value.__mro__ if _known_error(base))
-            name = f"{known.__module__}:{known.__name__}"
-            return [
-                "error class",
-                0 if known is value else self._handle_of(value),
-                value.__name__,
-                name,
-            ]
-        return ["class", self._handle_of(value), value.__name__]
+            bases = [base for base in value.__bases__ if issubclass(base, BaseException)]
+            above = [self._export_class(base) for base in bases]
+            return ["error class", self._handle_of(value), value.__name__, above]
+        return ["class", *self._describe(value)]
 
-    def _export_error(self, error: BaseException) -> Any:
+    def _export_error(self, error: BaseException, causes_left: int = 3) -> Any:
         def plain(value: Any) -> bool:
             try:
                 sandbox_wire.dumps(value)
@@ -250,7 +197,12 @@ class Link:
         content |= {k: v for k, v in getattr(error, "__dict__", {}).items() if plain(v)}
         arguments = [v if plain(v) else str(type(v)) for v in error.args]
         body = sandbox_wire.dumps((arguments, content, isinstance(error, StopIteration))).decode()
-        return ["error", self._export_class(type(error)), body]
+        causes = [
+            cause and causes_left and self._export_error(cause, causes_left - 1)
+            for cause in (error.__cause__, error.__context__)
+            if not self._guarded
+        ]
+        return ["error", self._export_class(type(error)), body, causes]
 
     def _handle_of(self, value: Any) -> int:
         handle = self._handles.get(id(value))
@@ -264,45 +216,44 @@ class Link:
             raise ValueError("not a handle")
         return _IMPORTS[payload[0]](self, *payload[1:])
 
-    def _import_object(self, handle: int, kind: int, name: str, methods: list[str]) -> Any:
+    def _import_object(self, handle: int, *kind: Any) -> Any:
         if handle not in self._theirs:
-            if kind not in self._kinds:
-                self._kinds[kind] = self._make_kind(kind, str(name), methods)
-            self._theirs[handle] = self._kinds[kind](self, handle)
+            self._theirs[handle] = sandbox_foreign.object_for(self._import_class(*kind), handle)
         return self._theirs[handle]
 
-    def _make_kind(self, kind: int, name: str, methods: list[str]) -> type:
-        trusted = not self._guarded or kind in self._trusted
-        allowed = {*_ALWAYS, *_BY_NAME} if trusted else {*_ALWAYS}
-        content: dict[str, Any] = {
-            method: _forward(method) for method in methods if method in allowed
-        }
-        content["__doc__"] = property(lambda self: self._link.ask("get", self._handle, "__doc__"))
-        return type(name, (Foreign,), {**content, "_trusted": trusted})
-
-    def _import_class(self, handle: int, name: str) -> Any:
+    def _import_class(self, handle: int, name: str, operators: list[str]) -> Any:
         if handle not in self._theirs:
-            self._theirs[handle] = type(str(name), (_ForeignClass,), {})(self, handle)
+            self._theirs[handle] = sandbox_foreign.class_for(
+                self, handle, str(name), operators, trusted=not self._guarded
+            )
         return self._theirs[handle]
 
-    def _import_error_class(self, handle: int, name: str, known: str) -> type[BaseException]:
-        module, _, base_name = known.partition(":")
-        base = getattr(sys.modules[module], base_name)
-        if not _known_error(base):
+    def _import_known_error(self, module: str, name: str) -> type[BaseException]:
+        found = getattr(sys.modules[module], name)
+        if not _known_error(found):
             raise ValueError("not an exception of the standard library")
-        if handle and handle not in self._errors:
-            self._errors[handle] = type(str(name), (base,), {})
-        return self._errors[handle] if handle else base
+        return found
 
-    def _import_error(self, kind: Any, body: str) -> BaseException:
+    def _import_error_class(self, handle: int, name: str, bases: Any) -> type[BaseException]:
+        if handle not in self._errors:
+            above = tuple(_error_class(self._import(base)) for base in bases)
+            self._errors[handle] = type(str(name), above, {})
+        return self._errors[handle]
+
+    def _import_error(self, kind: Any, body: str, causes: list[Any]) -> BaseException:
         arguments, content, _ = sandbox_wire.loads(body.encode())
-        made = self._import(kind)
+        made = _error_class(self._import(kind))
         error = made.__new__(made, *arguments)
         with contextlib.suppress(TypeError, ValueError):
             error.args = tuple(arguments)
         for name, value in content.items():
             if not name.startswith("__"):
                 error.__dict__[name] = value
+        if causes:
+            cause, context = [self._import(payload) if payload else None for payload in causes]
+            error.__context__ = context
+            if cause is not None:
+                error.__cause__ = cause  # which also says that the context is not to be shown
         return error
 
     def _import_array(self, dtype: str, shape: list[int], body: str, scalar: bool) -> Any:
@@ -368,7 +319,7 @@ class Link:
             )
 
     def _operate(self, handle: int, name: str, args: Any) -> Any:
-        if name not in _ALWAYS and name not in _BY_NAME:
+        if name not in sandbox_foreign.OPERATORS:
             raise AttributeError(name)
         target = self._object(handle)
         return getattr(type(target), name)(target, *args)
@@ -387,6 +338,25 @@ class Link:
     def _is_instance(self, handle: int, value: Any) -> bool:
         return isinstance(value, self._object(handle))
 
+    def _is_subclass(self, handle: int, kind: Any) -> bool:
+        return issubclass(kind, self._object(handle))
+
+    def _signature(self, handle: int) -> Any:
+        target = self._object(handle)
+        self._refuse(target, "__signature__")
+        return sandbox_foreign.signature_parts(target)
+
+    def _methods(self, handle: int) -> list[str]:
+        target = self._object(handle)
+        self._refuse(target, "__dict__")
+        return sandbox_foreign.methods_of(target)
+
+    def _subclass(self, name: str, bases: Any, members: Any, options: Any) -> int:
+        if self._guarded:  # an object of such a class would answer comparisons here
+            raise TypeError("the program makes no classes in the tests' process")
+        content = {key: sandbox_foreign.put_together(*parts) for key, parts in members.items()}
+        return self._handle_of(types.new_class(name, bases, options, lambda c: c.update(content)))
+
     def _input(self, prompt: str) -> str:
         return input(prompt)
 
@@ -399,6 +369,10 @@ _SERVICES: dict[str, Callable[..., Any]] = {
     "item": Link._item,
     "await": Link._await,
     "isinstance": Link._is_instance,
+    "issubclass": Link._is_subclass,
+    "signature": Link._signature,
+    "methods": Link._methods,
+    "subclass": Link._subclass,
     "input": Link._input,
     "names": lambda link, classes: link._names(classes),
 }
@@ -409,6 +383,7 @@ _IMPORTS: dict[str, Callable[..., Any]] = {
     "awaitable": Link._import_awaitable,
     "builtin": lambda _, name: _builtin_class(name),
     "error class": Link._import_error_class,
+    "known error": Link._import_known_error,
     "error": Link._import_error,
     "module": Link._import_module,
     "array": Link._import_array,
@@ -420,10 +395,10 @@ def _loaded(module: str, name: str) -> tuple[type, ...]:
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
-def _forward(name: str) -> Callable[..., Any]:
-    if name == "__call__":
-        return lambda self, *args, **kwargs: self._link.ask("call", self._handle, args, kwargs)
-    return lambda self, *args: self._link.ask("op", self._handle, name, args)
+def _error_class(value: Any) -> type[BaseException]:
+    if not (isinstance(value, type) and issubclass(value, BaseException)):
+        raise ValueError("not an exception")
+    return value
 
 
 def _builtin_class(name: str) -> type:

@@ -24,7 +24,7 @@ FLOORS = {
     "sandbox_proxy topology memory compilation",
     0: "types config rng masked metrics allocator parse compare charts interrupt progress "
     "sandbox_wire sandbox_jail sandbox_probes hlo hosts scheduler packing kernels.flash_blocks "
-    "kernels.paged_kernel sandbox_semaphore",
+    "kernels.paged_kernel sandbox_semaphore sandbox_foreign",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 WORKERS = {"compare"} | {m for m in FLOOR if m.startswith("sandbox_")}

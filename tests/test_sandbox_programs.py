@@ -91,7 +91,9 @@ def processes_below(pid: int) -> list[int]:
 
 def test_no_honest_program_fails(judge):
     names, tests, programs = zip(*honest(), strict=True)
-    results = judge.batch(zip(programs, tests, strict=True))
+    # More time than the hostile ones get: some compute, and machines are slow at times.
+    futures = [judge.submit(p, t, timeout_s=3) for p, t in zip(programs, tests, strict=True)]
+    results = [future.result() for future in futures]
     failed = {n: r for n, r in zip(names, results, strict=True) if r.verdict != "pass"}
     assert not failed
     assert len(names) >= 80
