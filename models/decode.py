@@ -7,6 +7,10 @@ key heads', so that the tensor axis of a mesh splits it as it splits the paramet
 splits them: a step of decoding does little work on each weight, and to gather them for every token
 would take many times as long.
 
+Weights come first in each product, their contracted axis last, and tokens (R) are the last axis of
+what goes through the layers. With a few dozen tokens a product is dear for how its factors lie: so
+it takes half of the time on CPUs that `x_RD @ w_DE` takes (`benchmarks/thin_products.py`).
+
 Layers are a Python loop: a loop on the device would copy each layer's pages in and out.
 """
 
@@ -27,19 +31,19 @@ from pgrpo_jax.models import layers
 
 class Layer(flax.struct.PyTreeNode):
     """One layer's weights. Matrices are flat (E): a product over two axes of a weight would copy it
-    for every token. qkv_DE is [D, K, J, H] with J = G + 2, the queries of a key head, its key and
-    its value; out_ED is [N, H, D], gate_up_DE [D, A, 2, F / A] for the A devices of a tensor axis.
+    for every token. qkv_ED is [K, J, H, D] with J = G + 2, the queries of a key head, its key and
+    its value; out_DE is [D, N, H], gate_up_ED [A, 2, F / A, D] for the A devices of a tensor axis.
     """
 
     attention_norm_D: jax.Array
     mlp_norm_D: jax.Array
-    qkv_DE: jax.Array
+    qkv_ED: jax.Array
     qkv_bias_KJH: jax.Array | None
     query_norm_H: jax.Array | None
     key_norm_H: jax.Array | None
-    out_ED: jax.Array
-    gate_up_DE: jax.Array
-    down_FD: jax.Array
+    out_DE: jax.Array
+    gate_up_ED: jax.Array
+    down_DF: jax.Array
 
 
 class Weights(flax.struct.PyTreeNode):
@@ -48,7 +52,7 @@ class Weights(flax.struct.PyTreeNode):
     embedding_VD: jax.Array
     layers: tuple[Layer, ...]
     final_norm_D: jax.Array
-    unembedding_DV: jax.Array
+    unembedding_VD: jax.Array
 
 
 # From (layer, q_RKGH, k_RKH, v_RKH) to out_RKGH; it keeps keys and values as it likes.
@@ -60,32 +64,32 @@ def weights(params: dict[str, Any], arch: Architecture, compute: Compute) -> Wei
     L = arch.layers
     # First: half of the bytes then go from device to device.
     params = rounded(params, compute)
-    unembedding_DV = params["embedding"].T if arch.tied_embeddings else params["unembedding"]
+    unembedding_VD = params["embedding"] if arch.tied_embeddings else params["unembedding"].T
     stacked = params["layers"]
     attention, mlp = stacked["attention"], stacked["mlp"]
     qkv_LDKJH = _by_key_head(attention, "kernel", 2, arch.kv_heads)
-    qkv_LDE = qkv_LDKJH.reshape(L, arch.width, -1)
-    gate_up_LDE = _side_by_side(mlp["gate"]["kernel"], mlp["up"]["kernel"])
+    qkv_LED = qkv_LDKJH.reshape(L, arch.width, -1).mT
+    gate_up_LED = _side_by_side(mlp["gate"]["kernel"], mlp["up"]["kernel"])
     bias_LKJH = _by_key_head(attention, "bias", 1, arch.kv_heads) if arch.qkv_bias else None
 
     def layer(i: int) -> Layer:
         return Layer(
             attention_norm_D=stacked["attention_norm"]["scale"][i],
             mlp_norm_D=stacked["mlp_norm"]["scale"][i],
-            qkv_DE=qkv_LDE[i],
+            qkv_ED=qkv_LED[i],
             qkv_bias_KJH=None if bias_LKJH is None else bias_LKJH[i],
             query_norm_H=attention["query_norm"]["scale"][i] if arch.qk_norm else None,
             key_norm_H=attention["key_norm"]["scale"][i] if arch.qk_norm else None,
-            out_ED=attention["out"]["kernel"][i].reshape(-1, arch.width),
-            gate_up_DE=gate_up_LDE[i],
-            down_FD=mlp["down"]["kernel"][i],
+            out_DE=attention["out"]["kernel"][i].reshape(-1, arch.width).T,
+            gate_up_ED=gate_up_LED[i],
+            down_DF=mlp["down"]["kernel"][i].T,
         )
 
     return Weights(
         embedding_VD=params["embedding"],
         layers=tuple(layer(i) for i in range(L)),
         final_norm_D=params["final_norm"]["scale"],
-        unembedding_DV=unembedding_DV,
+        unembedding_VD=unembedding_VD,
     )
 
 
@@ -101,19 +105,19 @@ def shardings(arch: Architecture, mesh: Mesh) -> Weights:
     layer = Layer(
         attention_norm_D=everywhere,
         mlp_norm_D=everywhere,
-        qkv_DE=place(1, heads),
+        qkv_ED=place(0, heads),
         qkv_bias_KJH=place(0, heads) if arch.qkv_bias else None,
         query_norm_H=everywhere if arch.qk_norm else None,
         key_norm_H=everywhere if arch.qk_norm else None,
-        out_ED=place(0, heads),
-        gate_up_DE=place(1),
-        down_FD=place(0),
+        out_DE=place(1, heads),
+        gate_up_ED=place(0),
+        down_DF=place(1),
     )
     return Weights(
         embedding_VD=place(0, words),
         layers=(layer,) * arch.layers,
         final_norm_D=everywhere,
-        unembedding_DV=place(1, words),
+        unembedding_VD=place(0, words),
     )
 
 
@@ -128,10 +132,11 @@ def rounded(params: dict[str, Any], compute: Compute) -> dict[str, Any]:
 
 
 def _side_by_side(gate_LDF: jax.Array, up_LDF: jax.Array) -> jax.Array:
-    """One matrix, in which each device of a tensor axis has its part of both."""
+    """One matrix [L, 2F, D], in which each device of a tensor axis has its part of both."""
     L, D, F = gate_LDF.shape
     shape = L, D, sharding.axis_size("tensor"), 1, -1
-    return jnp.concatenate([gate_LDF.reshape(shape), up_LDF.reshape(shape)], 3).reshape(L, D, 2 * F)
+    both = jnp.concatenate([gate_LDF.reshape(shape), up_LDF.reshape(shape)], 3)
+    return both.reshape(L, D, 2 * F).mT
 
 
 def _by_key_head(attention: Any, part: str, axis: int, kv_heads: int) -> jax.Array:
@@ -145,13 +150,13 @@ def _by_key_head(attention: Any, part: str, axis: int, kv_heads: int) -> jax.Arr
 def forward(
     w: Weights, arch: Architecture, ids_R: jax.Array, positions_R: jax.Array, attend: Attend
 ) -> jax.Array:
-    """x_RD after the final norm, of R tokens that see others through `attend` only."""
-    x_RD = sharding.constrain(w.embedding_VD[ids_R], "RD")
+    """x_DR after the final norm, of R tokens that see others through `attend` only."""
+    x_DR = sharding.constrain(w.embedding_VD[ids_R].T, "DR")
     angles = _angles(arch, positions_R)
     for i, layer in enumerate(w.layers):
-        x_RD = sharding.constrain(x_RD + _attention(layer, arch, i, x_RD, angles, attend), "RD")
-        x_RD = sharding.constrain(x_RD + _mlp(layer, arch, x_RD), "RD")
-    return _norm(x_RD, w.final_norm_D, arch)
+        x_DR = sharding.constrain(x_DR + _attention(layer, arch, i, x_DR, angles, attend), "DR")
+        x_DR = sharding.constrain(x_DR + _mlp(layer, arch, x_DR), "DR")
+    return _norm(x_DR, w.final_norm_D, arch, axis=0)
 
 
 def keys_and_values(
@@ -159,42 +164,44 @@ def keys_and_values(
 ) -> None:
     """Shows `attend` the keys and values of all layers and computes nothing that they do not need:
     after the last layer's there is nothing left to know of a prompt."""
-    x_RD = sharding.constrain(w.embedding_VD[ids_R], "RD")
+    x_DR = sharding.constrain(w.embedding_VD[ids_R].T, "DR")
     angles = _angles(arch, positions_R)
     for i, layer in enumerate(w.layers):
-        update_RD = _attention(layer, arch, i, x_RD, angles, attend)
+        update_DR = _attention(layer, arch, i, x_DR, angles, attend)
         if i + 1 < len(w.layers):
-            x_RD = sharding.constrain(x_RD + update_RD, "RD")
-            x_RD = sharding.constrain(x_RD + _mlp(layer, arch, x_RD), "RD")
+            x_DR = sharding.constrain(x_DR + update_DR, "DR")
+            x_DR = sharding.constrain(x_DR + _mlp(layer, arch, x_DR), "DR")
 
 
-def logits(w: Weights, x_RD: jax.Array) -> jax.Array:
+def logits(w: Weights, x_DR: jax.Array) -> jax.Array:
     """logits_RV, float32."""
-    logits_RV = jnp.einsum("RD,DV->RV", x_RD, w.unembedding_DV, preferred_element_type=jnp.float32)
+    x_RD = x_DR.T
+    logits_RV = jnp.einsum("RD,VD->RV", x_RD, w.unembedding_VD, preferred_element_type=jnp.float32)
     return sharding.constrain(logits_RV, "RV")
 
 
-def _attention(layer: Layer, arch: Architecture, i: int, x_RD, angles, attend: Attend) -> jax.Array:
-    y_RD = _norm(x_RD, layer.attention_norm_D, arch)
-    qkv_RKJH = (y_RD @ layer.qkv_DE).reshape(len(x_RD), arch.kv_heads, -1, arch.head_dim)
+def _attention(layer: Layer, arch: Architecture, i: int, x_DR, angles, attend: Attend) -> jax.Array:
+    y_DR = _norm(x_DR, layer.attention_norm_D, arch, axis=0)
+    qkv_KJHR = (layer.qkv_ED @ y_DR).reshape(arch.kv_heads, -1, arch.head_dim, y_DR.shape[1])
+    qkv_RKJH = qkv_KJHR.transpose(3, 0, 1, 2)
     if layer.qkv_bias_KJH is not None:
         qkv_RKJH = qkv_RKJH + layer.qkv_bias_KJH[None]
     qkv_RKJH = sharding.constrain(qkv_RKJH, "RKJH")
     q_RKGH, k_RK1H, v_RKH = qkv_RKJH[:, :, :-2], qkv_RKJH[:, :, -2:-1], qkv_RKJH[:, :, -1]
     if layer.query_norm_H is not None:
-        q_RKGH = _norm(q_RKGH, layer.query_norm_H, arch)
-        k_RK1H = _norm(k_RK1H, layer.key_norm_H, arch)
+        q_RKGH = _norm(q_RKGH, layer.query_norm_H, arch, axis=-1)
+        k_RK1H = _norm(k_RK1H, layer.key_norm_H, arch, axis=-1)
     q_RKGH, k_RK1H = layers.rotate(q_RKGH, *angles), layers.rotate(k_RK1H, *angles)
     out_RKGH = attend(i, q_RKGH, k_RK1H[:, :, 0], v_RKH)
-    return out_RKGH.reshape(len(x_RD), -1) @ layer.out_ED
+    return jnp.einsum("DE,RE->DR", layer.out_DE, out_RKGH.reshape(len(out_RKGH), -1))
 
 
-def _mlp(layer: Layer, arch: Architecture, x_RD: jax.Array) -> jax.Array:
-    y_RD = _norm(x_RD, layer.mlp_norm_D, arch)
-    parts = sharding.axis_size("tensor")  # as `_side_by_side` has put them
-    both = (y_RD @ layer.gate_up_DE).reshape(len(x_RD), parts, 2, -1)
-    hidden_RF = (nn.silu(both[:, :, 0]) * both[:, :, 1]).reshape(len(x_RD), -1)
-    return sharding.constrain(hidden_RF, "RF") @ layer.down_FD
+def _mlp(layer: Layer, arch: Architecture, x_DR: jax.Array) -> jax.Array:
+    y_DR = _norm(x_DR, layer.mlp_norm_D, arch, axis=0)
+    R, parts = y_DR.shape[1], sharding.axis_size("tensor")  # as `_side_by_side` has put them
+    both = (layer.gate_up_ED @ y_DR).reshape(parts, 2, -1, R)
+    hidden_FR = (nn.silu(both[:, 0]) * both[:, 1]).reshape(-1, R)
+    return layer.down_DF @ sharding.constrain(hidden_FR, "FR")
 
 
 def _angles(arch: Architecture, positions_R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -203,9 +210,10 @@ def _angles(arch: Architecture, positions_R: jax.Array) -> tuple[jax.Array, jax.
     return cos_R11H, sin_R11H
 
 
-def _norm(x: jax.Array, scale: Any, arch: Architecture) -> jax.Array:
-    """As `layers.RMSNorm`."""
+def _norm(x: jax.Array, scale: Any, arch: Architecture, axis: int) -> jax.Array:
+    """As `layers.RMSNorm`, over an axis."""
     x_f32 = x.astype(jnp.float32)
-    mean = jnp.mean(jnp.square(x_f32), -1, keepdims=True)
-    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    mean = jnp.mean(jnp.square(x_f32), axis, keepdims=True)
+    others = [i for i in range(x.ndim) if i != axis % x.ndim]
+    scale = jnp.expand_dims(scale.astype(jnp.float32), others)
     return (x_f32 * jax.lax.rsqrt(mean + arch.norm_eps) * scale).astype(x.dtype)

@@ -79,8 +79,8 @@ def decode(
     def step(carry):
         t, cache, ids_B, own_B, live_B, ids_BT, logp_BT = carry
         attend, written = over_pages(cache, own_B, live_B)
-        x_BD = model.forward(weights, arch, ids_B, batch.prompt_B + own_B, attend)
-        drawn_B, logp_B = sampling.draw(u_TB[t], model.logits(weights, x_BD), temperature, truncate)
+        x_DB = model.forward(weights, arch, ids_B, batch.prompt_B + own_B, attend)
+        drawn_B, logp_B = sampling.draw(u_TB[t], model.logits(weights, x_DB), temperature, truncate)
         ids_BT = lax.dynamic_update_slice(ids_BT, drawn_B[:, None], (0, t))
         logp_BT = lax.dynamic_update_slice(logp_BT, logp_B[:, None], (0, t))
         own_B = own_B + live_B

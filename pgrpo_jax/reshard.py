@@ -40,7 +40,7 @@ def received_bytes(arch: Architecture, compute: Compute, mesh: Mesh) -> int:
     held before."""
     weights = abstract(arch, compute, mesh)
     if arch.tied_embeddings:  # the second copy of the embedding is made on the spot
-        weights = weights.replace(unembedding_DV=None)
+        weights = weights.replace(unembedding_VD=None)
     params = jax.eval_shape(lambda params: decode.rounded(params, compute), _params(arch, compute))
     places = jax.tree.map(lambda x: x.sharding, weights)
     held = sharding.device_bytes(params, sharding.shardings(params, mesh))
