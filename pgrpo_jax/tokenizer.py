@@ -75,6 +75,8 @@ class HuggingFaceTokenizer:
     def __init__(self, name: str):
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name)
+            if len(self._tokenizer.get_added_vocab()) == len(self._tokenizer):
+                raise ValueError("a tokenizer of special tokens only")  # an empty folder's, in 5.0
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name!r} holds no tokenizer that transformers can read; name a folder with "
