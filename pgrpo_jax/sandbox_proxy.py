@@ -197,11 +197,13 @@ class Link:
         content |= {k: v for k, v in getattr(error, "__dict__", {}).items() if plain(v)}
         arguments = [v if plain(v) else str(type(v)) for v in error.args]
         body = sandbox_wire.dumps((arguments, content, isinstance(error, StopIteration))).decode()
-        causes = [
-            cause and causes_left and self._export_error(cause, causes_left - 1)
-            for cause in (error.__cause__, error.__context__)
-            if not self._guarded
-        ]
+        causes: list[Any] = []
+        if not self._guarded:  # what the tests were about to do is not for the program
+            for cause in (error.__cause__, error.__context__):
+                if cause is None or causes_left == 0:
+                    causes.append(None)
+                else:
+                    causes.append(self._export_error(cause, causes_left - 1))
         return ["error", self._export_class(type(error)), body, causes]
 
     def _handle_of(self, value: Any) -> int:
