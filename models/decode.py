@@ -7,9 +7,9 @@ key heads', so that the tensor axis of a mesh splits it as it splits the paramet
 splits them: a step of decoding does little work on each weight, and to gather them for every token
 would take many times as long.
 
-Weights come first in each product, their contracted axis last, and tokens (R) are the last axis of
-what goes through the layers. With a few dozen tokens a product is dear for how its factors lie: so
-it takes half of the time on CPUs that `x_RD @ w_DE` takes (`benchmarks/thin_products.py`).
+Weights come first in a layer's products, their contracted axis last, and tokens (R) are the last
+axis of what goes through the layers: on CPUs that is quicker than `x_RD @ w_DE` for a few dozen
+tokens (`benchmarks/thin_products.py`).
 
 Layers are a Python loop: a loop on the device would copy each layer's pages in and out.
 """
@@ -175,6 +175,7 @@ def keys_and_values(
 
 def logits(w: Weights, x_DR: jax.Array) -> jax.Array:
     """logits_RV, float32."""
+    # Not the weight first: XLA has no product on CPUs whose bfloat16 result it would turn over.
     x_RD = x_DR.T
     logits_RV = jnp.einsum("RD,VD->RV", x_RD, w.unembedding_VD, preferred_element_type=jnp.float32)
     return sharding.constrain(logits_RV, "RV")

@@ -32,6 +32,8 @@ _BY_NAME += ("__lt__", "__le__", "__gt__", "__ge__", "__contains__", "__neg__", 
 _BY_NAME += ("__abs__", "__invert__", "__int__", "__float__", "__index__", "__round__")
 OPERATORS = (*_ALWAYS, *_BY_NAME)
 _SPOKEN = ("__name__", "__qualname__", "__wrapped__")
+# Of a class statement: what the other process finds out itself, and what makes classes or objects,
+# of which the other process has its own.
 _NOT_MEMBERS: tuple[str, ...] = ("__module__", "__qualname__", "__classcell__", "__firstlineno__")
 _NOT_MEMBERS += ("__static_attributes__", "__new__", "__init_subclass__", "__class_getitem__")
 
@@ -228,7 +230,7 @@ def _signature(target: Any) -> Any:
 def _open_to_super(kind: ForeignClass) -> None:
     """`super()` looks into classes and asks nobody: they get the methods of the class itself."""
     link, handle = kind._sandbox_link, kind._sandbox_handle
-    if "__init__" not in vars(kind):
+    if "__init__" not in vars(kind):  # not done yet, for another subclass
         for name in link.ask("methods", handle):
             type.__setattr__(kind, name, _method(link.ask("get", handle, name)))
 
