@@ -196,7 +196,7 @@ class Link:
         content = {k: v for base in reversed(own) for k, v in vars(base).items() if plain(v)}
         content |= {k: v for k, v in getattr(error, "__dict__", {}).items() if plain(v)}
         arguments = [v if plain(v) else str(type(v)) for v in error.args]
-        body = sandbox_wire.dumps((arguments, content, isinstance(error, StopIteration))).decode()
+        body = sandbox_wire.dumps((arguments, content)).decode()
         causes: list[Any] = []
         if not self._guarded:  # what the tests were about to do is not for the program
             for cause in (error.__cause__, error.__context__):
@@ -243,7 +243,7 @@ class Link:
         return self._errors[handle]
 
     def _import_error(self, kind: Any, body: str, causes: list[Any]) -> BaseException:
-        arguments, content, _ = sandbox_wire.loads(body.encode())
+        arguments, content = sandbox_wire.loads(body.encode())
         made = _error_class(self._import(kind))
         error = made.__new__(made, *arguments)
         with contextlib.suppress(TypeError, ValueError):
