@@ -45,6 +45,13 @@ def _by_key_head(x_BCNH: jax.Array, K: int) -> jax.Array:
     return x_BCNH.reshape(B, C, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
 
+def _turned(x_BCNH: jax.Array, K: int) -> jax.Array:
+    """x_BKHE. Not `_by_key_head` with two axes swapped: XLA would make that swap a part of the
+    product, for which it has no fast form on CPUs."""
+    B, C, N, H = x_BCNH.shape
+    return x_BCNH.reshape(B, C, K, N // K, H).transpose(0, 2, 4, 3, 1).reshape(B, K, H, -1)
+
+
 def _by_column(x_BKEH: jax.Array, C: int) -> jax.Array:
     """x_BCNH."""
     B, K, E, H = x_BKEH.shape
@@ -106,8 +113,9 @@ def _backward(saved, dout_BTNH):
         dq_BKEH = jnp.einsum("BKES,BKSH->BKEH", dscores_BKES, k_BKSH) * H**-0.5
         dqs.append(_by_column(dq_BKEH, mask_BCS.shape[1]))
         before = (..., slice(0, block.stop))
-        dk_BKHT = dk_BKHT.at[before].add(jnp.einsum("BKEH,BKES->BKHS", q_BKEH, dscores_BKES))
-        dv_BKHT = dv_BKHT.at[before].add(jnp.einsum("BKEH,BKES->BKHS", dout_BKEH, weights_BKES))
+        q_BKHE, dout_BKHE = (_turned(x[:, block], K) for x in (q_BTNH * H**-0.5, dout_BTNH))
+        dk_BKHT = dk_BKHT.at[before].add(jnp.einsum("BKHE,BKES->BKHS", q_BKHE, dscores_BKES))
+        dv_BKHT = dv_BKHT.at[before].add(jnp.einsum("BKHE,BKES->BKHS", dout_BKHE, weights_BKES))
     dq_BTNH = jnp.concatenate(dqs, axis=1)
     dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2) for x in (dk_BKHT, dv_BKHT))
     return dq_BTNH, dk_BTKH, dv_BTKH, None, None, None

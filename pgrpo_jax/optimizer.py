@@ -108,18 +108,35 @@ def accumulate(
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def micro_batch(i):
-        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
-
-    def step(i, carry):
+    def step(i, carry, batch):
         total, aux = carry
-        (value, new), grads = gradient(params, *micro_batch(i))
+        (value, new), grads = gradient(params, *batch)
         aux = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), aux, new)
         return jax.tree.map(jnp.add, total, (value, grads)), aux
 
-    shapes = jax.eval_shape(lambda: loss(params, *micro_batch(0))[1])
+    first = jax.tree.map(lambda x: x[0], rows)
+    shapes = jax.eval_shape(lambda: loss(params, *first)[1])
     count = len(jax.tree.leaves(rows)[0])
     aux = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (value, grads), aux = lax.fori_loop(0, micro_batches, step, (zero, aux))
+    (value, grads), aux = over_micro_batches(step, (zero, aux), rows, micro_batches)
     return value, aux, grads
+
+
+def over_micro_batches(
+    step: Callable[[jax.Array, Any, Any], Any], carry: Any, rows: Any, count: jax.Array | int
+) -> Any:
+    """The last of `carry = step(i, carry, micro-batch i of rows)` for i in 0 .. count - 1.
+
+    A micro-batch is carried into the iteration that reads it. Cut out there, it would be a part of
+    all that reads it for XLA on CPUs: attention's masks would look every number up in all rows,
+    once for each pair of tokens.
+    """
+
+    def cut(i: jax.Array | int) -> Any:
+        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
+
+    def body(i: jax.Array, carried: tuple[Any, Any]) -> tuple[Any, Any]:
+        return step(i, *carried), cut(i + 1)
+
+    return lax.fori_loop(0, count, body, (carry, cut(0)))[0]

@@ -216,13 +216,12 @@ def compile_logprobs(
     )
 
     def every_row(params: Any, batch: UpdateBatch) -> jax.Array:
-        def one(i, logp_ART):
-            rows = jax.tree.map(lambda x: x[i], batch.rows)
+        def one(i, logp_ART, rows):
             logp_RT, _ = completion_logprobs(cfg, arch, params, rows, rows.completion)
             return logp_ART.at[i].set(logp_RT)
 
         empty_ART = jnp.zeros(batch.rows.ids.shape, jnp.float32)
-        return lax.fori_loop(0, batch.micro_batches, one, empty_ART)
+        return optimizer.over_micro_batches(one, empty_ART, batch.rows, batch.micro_batches)
 
     return jax.jit(
         sharding.on(mesh, every_row),
