@@ -61,7 +61,7 @@ class Answers:
                 job["prompts"], job["completions"], job["old_logps"], strict=True
             )
         ]
-        plan = update.plan(self._cfg, self._arch, self._mesh, completions)
+        plan = update.plan(self._cfg, self._mesh, completions)
         rows, micro_batches = update.packed(completions, plan)
         B = len(completions)
         return update.UpdateBatch(

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from pgrpo_jax.kernels import attention
 
 BLOCKS = 4  # of a row
-COMPUTED = (BLOCKS + 1) / (2 * BLOCKS)  # of all pairs of a row
 SMALLEST = 32  # columns of a block
 
 

@@ -151,7 +151,7 @@ class Loop:
         cfg, clock = self.cfg, collect.Clock()
         scored, rollout = self.collector.collect(self.state.params, step, clock, ahead=ahead)
         with clock.phase("update"):
-            plan = update.plan(cfg, self.arch, self.mesh, scored.completions)
+            plan = update.plan(cfg, self.mesh, scored.completions)
             batch = sharding.put(update_batch(scored, plan), update.batch_sharding(self.mesh))
             if self.reference is not None:
                 batch = batch.replace(ref_logp_ART=self.reference(batch))

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Sequence
 # A row of the longest sequence holds pairs only of a long and a short one; half as much again
 # leaves under 10 % of padding at mixed lengths.
 LONGER = 1.5
+SPARED = 0.05  # of the tokens, or rows of another kind are not worth their compilation
 TILE = 128  # tokens side by side in a TPU's registers
 
 
@@ -84,13 +85,9 @@ def best_fit(sequences: Sequences, capacity: int) -> list[list[int]]:
     return rows
 
 
-def pack(
-    sequences: Sequences, own: int, shared: int, rows_at_once: int, parts: int, even: float
-) -> Packed:
-    """The plan that computes least, of those of `kinds`.
-
-    A token costs 1, and its attention 1 in a row of `even` tokens: infinite where attention leaves
-    out what does not meet.
+def pack(sequences: Sequences, own: int, shared: int, rows_at_once: int, parts: int) -> Packed:
+    """The plan of the first of `kinds`, or one that computes fewer tokens by SPARED or more: each
+    kind is one more program to compile.
 
     Rows are dealt out by their fill, fullest first, so that those of one micro-batch are equally
     full: they lie on different devices, which wait for each other.
@@ -104,27 +101,28 @@ def pack(
         batches = [rows[i : i + count] for i in range(0, len(rows), count)]
         return Packed([_spread(batch, count) for batch in batches], count, capacity, limit)
 
-    def computed(plan: Packed) -> float:
-        tokens = len(plan.batches) * plan.rows * plan.capacity
-        return tokens * (1 + plan.capacity / even)
+    def computed(plan: Packed) -> int:
+        return len(plan.batches) * plan.rows * plan.capacity
 
-    return min((plan(*kind) for kind in kinds(own, shared, rows_at_once, parts)), key=computed)
+    first, *others = (plan(*kind) for kind in kinds(own, shared, rows_at_once, parts))
+    best = min(others, key=computed)
+    return best if computed(best) <= (1 - SPARED) * computed(first) else first
 
 
 def kinds(own: int, shared: int, rows_at_once: int, parts: int) -> list[tuple[int, int]]:
     """(capacity, rows of a micro-batch) of rows for sequences of up to so many tokens.
 
-    Rows of the longest sequence, `rows_at_once` of them; rows of LONGER; and half as many that
-    begin with a prompt and have room for three of its longest completions, or for four, if those
-    need no more than a fiftieth more tokens than rows of LONGER. Always a multiple of `parts`.
-    Rows of more than eight tiles are rounded up to whole ones: a TPU's compiler takes half as long
-    again where it has to pad them itself.
+    Half of `rows_at_once` rows that begin with a prompt and have room for three of its longest
+    completions, or for four, if those need no more than a fiftieth more tokens than rows of LONGER;
+    `rows_at_once` rows of LONGER; and as many of the longest sequence. Always a multiple of
+    `parts`. Rows of more than eight tiles are rounded up to whole ones: a TPU's compiler takes half
+    as long again where it has to pad them itself.
     """
     longer = int(LONGER * (own + shared))
-    found = [(own + shared, rows_at_once), (longer, rows_at_once)]
+    found = [(longer, rows_at_once), (own + shared, rows_at_once)]
     if rows_at_once % (2 * parts) == 0:
         count = 4 if shared + 4 * own <= 1.02 * 2 * longer else 3
-        found.append((shared + count * own, rows_at_once // 2))
+        found.insert(0, (shared + count * own, rows_at_once // 2))
     return [(t if t <= 8 * TILE else math.ceil(t / TILE) * TILE, rows) for t, rows in found]
 
 

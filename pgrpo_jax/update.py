@@ -1,6 +1,5 @@
 """The P-GRPO step: from token rows and rewards to the next state, one jitted program."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from pgrpo_jax import algo, config, masked, optimizer, packing, roofline, sharding, types
-from pgrpo_jax.kernels import blocked_attention
+from pgrpo_jax import algo, config, masked, optimizer, packing, sharding, types
 from pgrpo_jax.models import decoder, logprobs
 
 Metrics = dict[str, jax.Array]
@@ -76,10 +74,7 @@ class Terms(struct.PyTreeNode):
 
 
 def plan(
-    cfg: config.Config,
-    arch: config.Architecture,
-    mesh: jax.sharding.Mesh,
-    completions: Sequence[types.Completion],
+    cfg: config.Config, mesh: jax.sharding.Mesh, completions: Sequence[types.Completion]
 ) -> packing.Packed:
     """Which row each completion goes into. The shape of the rows depends on the prompts' bucket,
     and on which of a few lengths of row suits the completions best, alone."""
@@ -96,17 +91,7 @@ def plan(
         shared=bucket - 1,
         rows_at_once=cfg.update.micro_batch_size,
         parts=sharding.row_parts(mesh),
-        even=even_length(cfg.policy.compute, arch),
     )
-
-
-def even_length(compute: config.Compute, arch: config.Architecture) -> float:
-    """The length of a row at which attention costs as much as the layers' products, for
-    `packing.pack`. The Pallas kernels leave out what does not meet; the others compute it."""
-    if compute.attention == "pallas":
-        return math.inf
-    pairs = blocked_attention.COMPUTED
-    return roofline.layers(arch, 1) / roofline.attention(arch, pairs)
 
 
 def packed(completions: Sequence[types.Completion], plan: packing.Packed) -> tuple[Rows, np.int32]:

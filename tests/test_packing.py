@@ -54,8 +54,8 @@ def test_a_sequence_longer_than_a_row_is_refused():
         packing.best_fit(groups([8, 2], shared=3, each=2), 10)
 
 
-def packed(own, rows, shared=63, each=8, even=math.inf, longest=129) -> packing.Packed:
-    return packing.pack(groups(own, shared, each), longest, shared, rows, parts=1, even=even)
+def packed(own, rows, shared=63, each=8, longest=129) -> packing.Packed:
+    return packing.pack(groups(own, shared, each), longest, shared, rows, parts=1)
 
 
 @pytest.mark.parametrize(
@@ -77,25 +77,26 @@ def test_completions_of_a_prompt_need_fewer_tokens_together():
     assert rooms[0] < 0.75 * rooms[1]
 
 
-def test_long_rows_are_not_worth_it_where_attention_computes_what_does_not_meet():
-    own = [129] * 64
-    assert packed(own, 8, even=math.inf).capacity == 63 + 4 * 129
-    assert packed(own, 8, even=100.0).capacity == 192
-
-
 def test_longer_rows_are_fewer_at_a_time():
-    assert packing.kinds(129, 63, rows_at_once=8, parts=4) == [(192, 8), (288, 8), (579, 4)]
-    assert packing.kinds(129, 23, rows_at_once=8, parts=4) == [(152, 8), (228, 8), (410, 4)]
-    assert packing.kinds(129, 63, rows_at_once=8, parts=8) == [(192, 8), (288, 8)]
+    assert packing.kinds(129, 63, rows_at_once=8, parts=4) == [(579, 4), (288, 8), (192, 8)]
+    assert packing.kinds(129, 23, rows_at_once=8, parts=4) == [(410, 4), (228, 8), (152, 8)]
+    assert packing.kinds(129, 63, rows_at_once=8, parts=8) == [(288, 8), (192, 8)]
 
 
 def test_long_rows_are_whole_tiles():
     kinds = packing.kinds(3073, 1023, rows_at_once=8, parts=4)
-    assert kinds == [(4096, 8), (6144, 8), (10368, 4)]
+    assert kinds == [(10368, 4), (6144, 8), (4096, 8)]
+
+
+def test_another_kind_of_rows_is_one_more_program_and_has_to_spare_tokens():
+    assert packed([129] * 64, 8, each=1).capacity == 192  # three of them leave room in 579
+    own = np.random.default_rng(0).integers(9, 130, 128).tolist()
+    plans = [packed(own[:count], 8) for count in range(64, 129, 8)]
+    assert {plan.capacity for plan in plans} == {579}
 
 
 def test_sequences_of_one_length_are_not_padded():
-    plan = packing.pack(alone([192] * 8), 192, 0, 4, parts=4, even=math.inf)
+    plan = packing.pack(alone([192] * 8), 192, 0, 4, parts=4)
     assert plan == packing.Packed([[[0], [2], [1], [3]], [[4], [6], [5], [7]]], 4, 192, limit=2)
 
 
@@ -110,12 +111,11 @@ def test_rows_that_are_computed_together_are_equally_full():
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(0, 20))
 def test_there_are_never_more_micro_batches_than_the_limit_says(own, shared):
     for rows in (2, 8):
-        for even in (math.inf, 1.0):
-            plan = packed(own, rows, shared, each=4, even=even, longest=30)
-            assert len(plan.batches) <= plan.limit == math.ceil(len(own) / rows)
+        plan = packed(own, rows, shared, each=4, longest=30)
+        assert len(plan.batches) <= plan.limit == math.ceil(len(own) / rows)
 
 
 def test_half_of_the_devices_do_not_stand_idle_in_the_last_micro_batch():
     # Three rows of four, and room for one of two on each of two devices.
-    plan = packing.pack(alone([9, 8, 7]), 9, 0, 4, parts=4, even=math.inf)
+    plan = packing.pack(alone([9, 8, 7]), 9, 0, 4, parts=4)
     assert plan.batches == [[[0], [2], [1], []]]

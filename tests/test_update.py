@@ -1,7 +1,6 @@
 """How completions are packed and split changes nothing of what is learnt from them."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +72,7 @@ def batch(rows: update.Rows, micro_batches: int, **changes) -> update.UpdateBatc
 
 
 def packed(R: int) -> update.UpdateBatch:
-    plan = update.plan(config(micro_batch_size=R), ARCH, mesh(), completions())
+    plan = update.plan(config(micro_batch_size=R), mesh(), completions())
     rows = [row for batch in plan.batches for row in batch if row]
     assert len(rows) < P * G  # there is something to pack
     return batch(*update.packed(completions(), plan))
@@ -123,7 +122,7 @@ def test_how_many_rows_are_computed_at_once_changes_nothing():
 
 def test_eight_devices_learn_what_one_learns():
     many = mesh(8, data=2, fsdp=2, tensor=2)
-    same(step(config(), packed(4), many), step(config(), packed(4), mesh()))
+    same(step(config(), packed(8), many), step(config(), packed(8), mesh()))
 
 
 def test_devices_get_equal_numbers_of_tokens():
@@ -144,7 +143,7 @@ def test_devices_get_equal_numbers_of_tokens():
     sequences = packing.Sequences(
         [n + 1 for n in counts], [63] * 1024, [i // 8 for i in range(1024)]
     )
-    plan = packing.pack(sequences, 129, 63, 32, parts=8, even=math.inf)
+    plan = packing.pack(sequences, 129, 63, 32, parts=8)
     rows, micro_batches = update.packed(many, plan)
     on = mesh(8, data=2, fsdp=4)
     segments_ART = sharding.put(rows.segments, update.batch_sharding(on).rows)
