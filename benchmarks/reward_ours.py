@@ -35,7 +35,9 @@ class Answers:
         return figures | {n: float(values[n]) for n in ("loss", "grad_norm")}
 
     def _begin(self, job: dict[str, Any]) -> optimizer.TrainState:
-        model = c.ModelConfig(architecture=self._arch)
+        # Layers one after the other, as in `update_ours`.
+        compute = c.Compute(scan_unroll=self._arch.layers)
+        model = c.ModelConfig(architecture=self._arch, compute=compute)
         settings = c.RewardTrainingConfig(
             steps=1000,
             batch_size=len(job["chosen"]),

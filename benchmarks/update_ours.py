@@ -25,7 +25,9 @@ class Answers:
     def __init__(self, checkpoint: str):
         self._mesh = sharding.make_mesh(c.MeshConfig())
         self._arch, params = load.load_policy(checkpoint, c.Compute(), self._mesh)
-        compute = c.Compute(logprob_mb=LOGPROB_MB)
+        # Layers one after the other: a loop over them keeps what they saved in one array, and cuts
+        # it out again entry by entry.
+        compute = c.Compute(logprob_mb=LOGPROB_MB, scan_unroll=self._arch.layers)
         model = c.ModelConfig(architecture=self._arch, compute=compute)
         self._cfg = c.Config(
             policy=model,

@@ -117,7 +117,7 @@ class Compute(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    scan_unroll: Positive = 1
+    scan_unroll: Positive = 1  # layers a turn of the loop; on CPUs all of them are quicker
     attention: Attention = "auto"  # auto: by the platform
     logprob_mb: Positive = 64  # float32 logits that exist at one time, over all devices
 
