@@ -57,7 +57,7 @@ class Weights(flax.struct.PyTreeNode):
 
 # From (layer, q_RKGH, k_RKH, v_RKH) to out_RKGH; it keeps keys and values as it likes.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-Angles = tuple[jax.Array, jax.Array]  # see `angles`
+Angles = tuple[jax.Array, jax.Array]  # see `rope`
 
 
 def weights(params: dict[str, Any], arch: Architecture, compute: Compute) -> Weights:
@@ -148,20 +148,20 @@ def _by_key_head(attention: Any, part: str, axis: int, kv_heads: int) -> jax.Arr
     return jnp.concatenate(split, axis=axis + 1)
 
 
-def angles(arch: Architecture, positions_R: jax.Array) -> Angles:
+def rope(arch: Architecture, positions_R: jax.Array) -> Angles:
     """Cosines and sines [R, 1, 1, H / 2] of the rotary angles at positions."""
     cos_R11H, sin_R11H = layers.rope(arch, positions_R[:, None])
     return cos_R11H, sin_R11H
 
 
 def forward(
-    w: Weights, arch: Architecture, ids_R: jax.Array, turns: Angles, attend: Attend
+    w: Weights, arch: Architecture, ids_R: jax.Array, angles: Angles, attend: Attend
 ) -> jax.Array:
-    """x_DR after the final norm, of R tokens at positions with the `angles` `turns`, which see
-    others through `attend` only."""
+    """x_DR after the final norm, of R tokens that see others through `attend` only; `angles` are
+    `rope` of their positions."""
     x_DR = sharding.constrain(w.embedding_VD[ids_R].T, "DR")
     for i, layer in enumerate(w.layers):
-        x_DR = sharding.constrain(x_DR + _attention(layer, arch, i, x_DR, turns, attend), "DR")
+        x_DR = sharding.constrain(x_DR + _attention(layer, arch, i, x_DR, angles, attend), "DR")
         x_DR = sharding.constrain(x_DR + _mlp(layer, arch, x_DR), "DR")
     return _norm(x_DR, w.final_norm_D, arch, axis=0)
 
@@ -172,9 +172,9 @@ def keys_and_values(
     """Shows `attend` the keys and values of all layers and computes nothing that they do not need:
     after the last layer's there is nothing left to know of a prompt."""
     x_DR = sharding.constrain(w.embedding_VD[ids_R].T, "DR")
-    turns = angles(arch, positions_R)
+    angles = rope(arch, positions_R)
     for i, layer in enumerate(w.layers):
-        update_DR = _attention(layer, arch, i, x_DR, turns, attend)
+        update_DR = _attention(layer, arch, i, x_DR, angles, attend)
         if i + 1 < len(w.layers):
             x_DR = sharding.constrain(x_DR + update_DR, "DR")
             x_DR = sharding.constrain(x_DR + _mlp(layer, arch, x_DR), "DR")
@@ -188,7 +188,7 @@ def logits(w: Weights, x_DR: jax.Array) -> jax.Array:
     return sharding.constrain(logits_RV, "RV")
 
 
-def _attention(layer: Layer, arch: Architecture, i: int, x_DR, turns, attend: Attend) -> jax.Array:
+def _attention(layer: Layer, arch: Architecture, i: int, x_DR, angles, attend: Attend) -> jax.Array:
     y_DR = _norm(x_DR, layer.attention_norm_D, arch, axis=0)
     qkv_KJHR = (layer.qkv_ED @ y_DR).reshape(arch.kv_heads, -1, arch.head_dim, y_DR.shape[1])
     qkv_RKJH = qkv_KJHR.transpose(3, 0, 1, 2)
@@ -199,7 +199,7 @@ def _attention(layer: Layer, arch: Architecture, i: int, x_DR, turns, attend: At
     if layer.query_norm_H is not None:
         q_RKGH = _norm(q_RKGH, layer.query_norm_H, arch, axis=-1)
         k_RK1H = _norm(k_RK1H, layer.key_norm_H, arch, axis=-1)
-    q_RKGH, k_RK1H = layers.rotate(q_RKGH, *turns), layers.rotate(k_RK1H, *turns)
+    q_RKGH, k_RK1H = layers.rotate(q_RKGH, *angles), layers.rotate(k_RK1H, *angles)
     out_RKGH = attend(i, q_RKGH, k_RK1H[:, :, 0], v_RKH)
     return jnp.einsum("DE,RE->DR", layer.out_DE, out_RKGH.reshape(len(out_RKGH), -1))
 

@@ -76,13 +76,13 @@ def decode(
     # All at once: one small program for each token would cost more than its product with a weight.
     u_TB = jax.vmap(lambda t: sampling.shares(key_B, batch.own_B + t))(jnp.arange(CHUNK))
 
-    def angles(own_B):
-        return model.angles(arch, batch.prompt_B + own_B)
+    def rope(own_B):
+        return model.rope(arch, batch.prompt_B + own_B)
 
     def step(carry):
-        t, cache, ids_B, own_B, turns, live_B, ids_BT, logp_BT = carry
+        t, cache, ids_B, own_B, angles, live_B, ids_BT, logp_BT = carry
         attend, written = over_pages(cache, own_B, live_B)
-        x_DB = model.forward(weights, arch, ids_B, turns, attend)
+        x_DB = model.forward(weights, arch, ids_B, angles, attend)
         drawn_B, logp_B = sampling.draw(u_TB[t], model.logits(weights, x_DB), temperature, truncate)
         ids_BT = lax.dynamic_update_slice(ids_BT, drawn_B[:, None], (0, t))
         logp_BT = lax.dynamic_update_slice(logp_BT, logp_B[:, None], (0, t))
@@ -91,14 +91,14 @@ def decode(
         live_B = live_B & ~stopped_B & (own_B < batch.limit_B)
         # Angles for the next step: XLA on CPUs would work them out anew for each head of each layer
         # if they were of this one.
-        return t + 1, written(), drawn_B, own_B, angles(own_B), live_B, ids_BT, logp_BT
+        return t + 1, written(), drawn_B, own_B, rope(own_B), live_B, ids_BT, logp_BT
 
     def go_on(carry):
         t, _, _, _, _, live_B, _, _ = carry
         return (t < CHUNK) & (live_B.sum() > leave)
 
     blank_BT = jnp.zeros((B, CHUNK), jnp.int32), jnp.zeros((B, CHUNK), jnp.float32)
-    slots_B = batch.ids_B, batch.own_B, angles(batch.own_B), batch.live_B
+    slots_B = batch.ids_B, batch.own_B, rope(batch.own_B), batch.live_B
     start = (jnp.int32(0), cache, *slots_B, *blank_BT)
     t, cache, _, own_B, _, live_B, ids_BT, logp_BT = lax.while_loop(go_on, step, start)
     return cache, Tokens(
