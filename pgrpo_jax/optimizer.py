@@ -114,8 +114,7 @@ def accumulate(
         aux = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), aux, new)
         return jax.tree.map(jnp.add, total, (value, grads)), aux
 
-    first = jax.tree.map(lambda x: x[0], rows)
-    shapes = jax.eval_shape(lambda: loss(params, *first)[1])
+    shapes = jax.eval_shape(lambda: loss(params, *jax.tree.map(lambda x: x[0], rows))[1])
     count = len(jax.tree.leaves(rows)[0])
     aux = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
