@@ -27,12 +27,12 @@ MEGABYTE = 1 << 20
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 22, 24
 PR_SET_NO_NEW_PRIVS = 38
+_libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 
 
 def prctl(option: int, value: int = 0, third: int = 0) -> None:
     """prctl(2), checked."""
-    u = ctypes.c_ulong
-    _checked("prctl", _libc.prctl(option, u(value), u(third), u(0), u(0)))
+    _checked("prctl", _libc.prctl(option, value, third, 0, 0))
 
 
 def _checked(name: str, answer: int) -> int:
@@ -225,6 +225,8 @@ class SystemCalls:
         self._buffer = ctypes.create_string_buffer(code, len(code))
         program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(self._buffer))
         self._program = ctypes.create_string_buffer(program, len(program))
+        number, flags = _SECCOMP[self._column], _NEW_LISTENER
+        self._call = ctypes.c_long(number), _SET_FILTER, ctypes.c_ulong(flags), self._program
 
     def install(self) -> int:
         """Needs no_new_privs. Signals go to the own process only: its number is compiled in.
@@ -237,9 +239,7 @@ class SystemCalls:
         if not self._told:
             prctl(PR_SET_SECCOMP, 2, ctypes.addressof(self._program))
             return -1
-        flags = ctypes.c_ulong(_NEW_LISTENER)
-        number = ctypes.c_long(_SECCOMP[self._column])
-        return _checked("seccomp", _libc.syscall(number, _SET_FILTER, flags, self._program))
+        return _checked("seccomp", _libc.syscall(*self._call))
 
     def _assemble(self) -> list[bytes]:
         """A search tree over the numbers: the kernel runs the whole filter once for each of

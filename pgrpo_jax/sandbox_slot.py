@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "TZ": "UTC",
     "HOME": "/tmp",
     "PATH": "/nonexistent",
+    "LD_BIND_NOW": "1",  # or each child would look functions up anew
     "PYTHONHASHSEED": "0",
     "PYTHONINTMAXSTRDIGITS": "0",
     "PYTHONUTF8": "1",

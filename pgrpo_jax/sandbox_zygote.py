@@ -115,16 +115,20 @@ def _hide_the_sandbox() -> None:
 
 
 def _make_streams() -> None:
-    """sys.stdin and the like for the children, on descriptors of the kind that they will have."""
+    """sys.stdin and the like for the children, on descriptors of the kind that they will have, once
+    they have been used as children do."""
     kept = [os.dup(descriptor) for descriptor in range(3)]
-    pipe = os.pipe()
-    for descriptor, like in enumerate((sandbox_jail.memory_file(), pipe[1], pipe[1])):
+    out, out_end = os.pipe()
+    given = sandbox_jail.memory_file()
+    for descriptor, like in enumerate((given, out_end, out_end)):
         os.dup2(like, descriptor)
+    sandbox_run.rehearse()
+    os.ftruncate(given, 0)
     sandbox_run.open_streams()
     for descriptor, before in enumerate(kept):
         os.dup2(before, descriptor)
         os.close(before)
-    for descriptor in pipe:
+    for descriptor in (given, out, out_end):
         os.close(descriptor)
 
 
