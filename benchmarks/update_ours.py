@@ -3,6 +3,7 @@
 python -m benchmarks.update_ours CHECKPOINT
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -15,7 +16,7 @@ from pgrpo_jax import config as c
 from pgrpo_jax.models import load
 
 PROMPT, LONGEST = 64, 128  # tokens
-ROWS = 8  # computed at once
+ROWS = {"nano": 8, "small": 4}  # of the longest sequence, computed at once
 LOGPROB_MB = 4  # of logits at one time: what the processor's caches hold
 
 
@@ -34,7 +35,11 @@ class Answers:
             reward_model=model,
             data=c.DataConfig(max_prompt_length=PROMPT),
             rollout=c.RolloutConfig(max_completion_length=LONGEST, prompt_buckets=(PROMPT,)),
-            update=c.UpdateConfig(steps=1000, loss_type="sequence", micro_batch_size=ROWS),
+            update=c.UpdateConfig(
+                steps=1000,
+                loss_type="sequence",
+                micro_batch_size=ROWS[pathlib.Path(checkpoint).name],
+            ),
         )
         tx = optimizer.build(self._cfg.update.optimizer, 1000)
         self._update = update.compile_update(self._cfg, self._arch, self._mesh)

@@ -105,7 +105,7 @@ def pack(sequences: Sequences, own: int, shared: int, rows_at_once: int, parts: 
         return len(plan.batches) * plan.rows * plan.capacity
 
     first, *others = (plan(*kind) for kind in kinds(own, shared, rows_at_once, parts))
-    best = min(others, key=computed)
+    best = min((plan for plan in others if len(plan.batches) <= limit), key=computed)
     return best if computed(best) <= (1 - SPARED) * computed(first) else first
 
 
@@ -114,6 +114,7 @@ def kinds(own: int, shared: int, rows_at_once: int, parts: int) -> list[tuple[in
 
     Half of `rows_at_once` rows that begin with a prompt and have room for three of its longest
     completions, or for four, if those need no more than a fiftieth more tokens than rows of LONGER;
+    a quarter of the same rows, of which the last micro-batch leaves fewer empty;
     `rows_at_once` rows of LONGER; and as many of the longest sequence. Always a multiple of
     `parts`. Rows of more than eight tiles are rounded up to whole ones: a TPU's compiler takes half
     as long again where it has to pad them itself.
@@ -122,7 +123,8 @@ def kinds(own: int, shared: int, rows_at_once: int, parts: int) -> list[tuple[in
     found = [(longer, rows_at_once), (own + shared, rows_at_once)]
     if rows_at_once % (2 * parts) == 0:
         count = 4 if shared + 4 * own <= 1.02 * 2 * longer else 3
-        found.insert(0, (shared + count * own, rows_at_once // 2))
+        rows = [rows_at_once // n for n in (2, 4) if rows_at_once % (n * parts) == 0]
+        found = [(shared + count * own, n) for n in rows] + found
     return [(t if t <= 8 * TILE else math.ceil(t / TILE) * TILE, rows) for t, rows in found]
 
 

@@ -81,6 +81,16 @@ def test_longer_rows_are_fewer_at_a_time():
     assert packing.kinds(129, 63, rows_at_once=8, parts=4) == [(579, 4), (288, 8), (192, 8)]
     assert packing.kinds(129, 23, rows_at_once=8, parts=4) == [(410, 4), (228, 8), (152, 8)]
     assert packing.kinds(129, 63, rows_at_once=8, parts=8) == [(288, 8), (192, 8)]
+    assert packing.kinds(129, 63, rows_at_once=8, parts=2)[:2] == [(579, 4), (579, 2)]
+
+
+def test_a_small_batch_does_not_pay_for_rows_that_stay_empty():
+    own = np.random.default_rng(0).integers(9, 130, 64).tolist()
+    plan = packed(own, 8)
+    assert (plan.rows, len(plan.batches)) == (2, 5)  # of four at a time there would be twelve
+    assert packed([129] * 64, 8).rows == 4
+    # Without shared prompts a micro-batch of so few rows holds fewer than `limit` counts on.
+    assert packed([129] * 64, 8, each=1).rows == 8
 
 
 def test_long_rows_are_whole_tiles():
