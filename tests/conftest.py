@@ -2,7 +2,7 @@
 
 The environment must be set before anything imports jax, and holds for processes that tests start.
 Optimised machine code is worth less here than the time to make it: the compiler flags change no
-result. Tests compile the same programs over and over; they share them, for as long as the suite
+result. Tests compile the same programs over and over; those of one process share them, while it
 runs.
 """
 

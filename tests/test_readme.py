@@ -31,9 +31,9 @@ def test_each_option_spoken_of_exists():
 
 
 def test_one_line_sets_up_and_tests_and_ci_finds_it():
-    lines = [line for line in README.splitlines() if line.endswith("python -m pytest")]
+    lines = [line for line in README.splitlines() if line.endswith("python -m pytest -n 2")]
     assert len(lines) == 1 and lines[0].startswith("python3 -m venv .venv && ")
-    assert "grep -m 1 'python -m pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+    assert "grep -m 1 'python -m pytest -n 2$' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_configurations_are_listed():
