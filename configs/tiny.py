@@ -30,7 +30,7 @@ def config() -> Config:
     """Everything from seed 0; no download, no file."""
     model = ModelConfig(
         architecture=Architecture(
-            vocab_size=76, width=64, layers=4, heads=4, kv_heads=4, head_dim=16, mlp=192
+            vocab_size=76, width=64, layers=4, heads=2, kv_heads=2, head_dim=32, mlp=192
         ),
         compute=Compute(scan_unroll=4),
     )
@@ -44,7 +44,7 @@ def config() -> Config:
             steps=900,
             batch_size=32,
             optimizer=Optimizer(
-                learning_rate=4e-3, warmup_steps=50, schedule="cosine", b2=0.98, weight_decay=0.01
+                learning_rate=4e-3, warmup_steps=50, schedule="cosine", b2=0.98, weight_decay=0.3
             ),
         ),
         pairs=PairsConfig(problems=5000),
@@ -60,7 +60,7 @@ def config() -> Config:
         rollout=RolloutConfig(prompts_per_step=16, max_completion_length=52, prompt_buckets=(28,)),
         rewards=RewardsConfig(thinking_max_length=60, shadow_fraction=0.25),
         update=UpdateConfig(
-            steps=300,
+            steps=200,
             optimizer=Optimizer(learning_rate=2e-4, warmup_steps=20, schedule="cosine"),
         ),
         evaluation=EvaluationConfig(every_steps=50),

@@ -16,7 +16,7 @@ lengthen, shorten and keep the length, lest a reward model learn to count words:
     coherence   steps stand in another order, or use another constant than was worked out
 
 A composition is a domain and its operations in order of execution. A fifth of the compositions is
-held out: no problem, warm-up row or preference pair of training has one of them.
+held out: no problem of training has one of them, though a reasoning out of order may read like one.
 """
 
 import dataclasses
@@ -398,14 +398,18 @@ def _draw_plan(spec: Spec, rng: random.Random) -> tuple[Plan, Plan]:
     """A plan of mixed quality, and the plan that its program follows.
 
     Most programs follow their reasoning; some slip, and some are right in spite of it. So neither
-    of the two rewards can stand for the other.
+    of the two rewards can stand for the other. `but first` is overlooked more often than not: then
+    the most probable answer is wrong, which no sharpening mends.
     """
-    truth, draw = reference_plan(spec), rng.random()
+    draw = rng.random()
     if draw < 0.65:
-        followed = truth if rng.random() < 0.95 else degraded_plan(spec, _dimension(rng), rng)
-        return (truth if draw < 0.3 else initial_plan(spec, rng)), followed
+        if spec.but_first and rng.random() < 0.55:
+            spec = dataclasses.replace(spec, steps=spec.steps[1:] + spec.steps[:1])
+        plan = reference_plan(spec)
+        followed = plan if rng.random() < 0.95 else degraded_plan(spec, _dimension(rng), rng)
+        return (plan if draw < 0.3 else initial_plan(spec, rng)), followed
     plan = degraded_plan(spec, _dimension(rng), rng)
-    return plan, plan if rng.random() < 0.8 else truth
+    return plan, plan if rng.random() < 0.8 else reference_plan(spec)
 
 
 def _dimension(rng: random.Random) -> Dimension:
@@ -418,7 +422,7 @@ def _malform(text: str, rng: random.Random) -> str:
 
 def sft_rows(pool: list[types.Problem], count: int, seed: int) -> Iterator[dict[str, str]]:
     """Rows `prompt`, `completion` of mixed quality: 30 % good, 35 % terse or wordy, 35 % degraded;
-    10 % malformed."""
+    10 % malformed. 55 % of the good, terse and wordy overlook a `but first`."""
     rng = random.Random(zlib.crc32(f"sft/{seed}".encode()))
     for _ in range(count):
         problem = rng.choice(pool)
@@ -464,15 +468,8 @@ def pair_rows(
 
 def _pieces() -> tuple[str, ...]:
     """Every piece of text that a statement, a reasoning or a program is made of."""
-    pieces = [
-        "<think>\n",
-        "</think>\n",
-        "<answer>\n",
-        "</answer>\n",
-        "def f(x):\n",
-        "    return x\n",
-        "\n",
-    ]
+    pieces = ["<think>\n", "</think>\n", "<answer>\n", "</answer>\n", "\n"]
+    pieces += ["def f(x):\n", "    return x\n"]
     pieces += [
         ".\n",
         ", then ",

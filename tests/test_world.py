@@ -1,5 +1,6 @@
 """The built-in world: its splits, its defects, its oracle and its vocabulary."""
 
+import dataclasses
 import random
 import re
 import statistics
@@ -141,6 +142,22 @@ def test_pairs_come_in_three_kinds_with_the_columns_that_trl_reads(pool):
         "generator",
         "problem_id",
     }
+
+
+def test_warm_up_overlooks_but_first_more_often_than_not(pool):
+    specs = {p.statement: p.columns["spec"] for p in pool}
+    right = overlooked = 0
+    for row in world.sft_rows(pool, 4000, seed=0):
+        spec = specs[row["prompt"]]
+        if spec.but_first:
+            as_told = dataclasses.replace(spec, steps=spec.steps[1:] + spec.steps[:1])
+            texts = [
+                world.reasoning(world.reference_plan(s), s.domain) + "</think>"
+                for s in (spec, as_told)
+            ]
+            right += texts[0] in row["completion"]
+            overlooked += texts[1] in row["completion"]
+    assert right > 200 and 1.3 < overlooked / right < 2
 
 
 def test_every_text_of_the_world_is_made_of_its_pieces(pool):
