@@ -30,7 +30,14 @@ def config() -> Config:
     """Everything from seed 0; no download, no file."""
     model = ModelConfig(
         architecture=Architecture(
-            vocab_size=76, width=64, layers=4, heads=2, kv_heads=2, head_dim=32, mlp=192
+            vocab_size=76,
+            width=64,
+            layers=4,
+            heads=2,
+            kv_heads=2,
+            head_dim=32,
+            mlp=192,
+            rope_theta=100.0,  # rows have 80 tokens: all but the slowest angles turn within one
         ),
         compute=Compute(scan_unroll=4),
     )
@@ -41,7 +48,7 @@ def config() -> Config:
         data=DataConfig(max_prompt_length=28),
         world=WorldConfig(train_problems=12000, heldout_problems=384),
         sft=SFTConfig(
-            steps=900,
+            steps=1000,
             batch_size=32,
             optimizer=Optimizer(
                 learning_rate=4e-3, warmup_steps=50, schedule="cosine", b2=0.98, weight_decay=0.3
