@@ -30,14 +30,7 @@ def config() -> Config:
     """Everything from seed 0; no download, no file."""
     model = ModelConfig(
         architecture=Architecture(
-            vocab_size=76,
-            width=64,
-            layers=4,
-            heads=2,
-            kv_heads=2,
-            head_dim=32,
-            mlp=192,
-            rope_theta=100.0,  # rows have 80 tokens: all but the slowest angles turn within one
+            vocab_size=76, width=64, layers=4, heads=2, kv_heads=2, head_dim=32, mlp=192
         ),
         compute=Compute(scan_unroll=4),
     )
@@ -48,7 +41,7 @@ def config() -> Config:
         data=DataConfig(max_prompt_length=28),
         world=WorldConfig(train_problems=12000, heldout_problems=384),
         sft=SFTConfig(
-            steps=1000,
+            steps=1200,
             batch_size=32,
             optimizer=Optimizer(
                 learning_rate=4e-3, warmup_steps=50, schedule="cosine", b2=0.98, weight_decay=0.3
@@ -67,9 +60,9 @@ def config() -> Config:
         rollout=RolloutConfig(prompts_per_step=16, max_completion_length=52, prompt_buckets=(28,)),
         rewards=RewardsConfig(thinking_max_length=60, shadow_fraction=0.25),
         update=UpdateConfig(
-            steps=200,
+            steps=180,
             optimizer=Optimizer(learning_rate=2e-4, warmup_steps=20, schedule="cosine"),
         ),
-        evaluation=EvaluationConfig(every_steps=50),
+        evaluation=EvaluationConfig(every_steps=60),
         judge=JudgeConfig(timeout_s=2.0, memory_mb=256),
     )
