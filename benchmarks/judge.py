@@ -14,6 +14,7 @@ import argparse
 import ast
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import gzip
 import json
@@ -33,6 +34,7 @@ FUNCTION = "def add(a, b):\n    return a + b\n# {}"
 ARRAYS = "import numpy as np\nprint(int(np.array(input().split(), int).sum()))\n# {}"
 STDIN = types.Tests("stdin", ("3 4\n",), ("7\n",))
 TESTS_A_PROGRAM = 500
+SOLUTION_S = 20.0  # of CPU a test; one of MBPP+'s canonical solutions takes 4 on a slow machine
 PART_BYTES = sandbox_wire.REPLY_LIMIT
 
 
@@ -184,7 +186,7 @@ def real_work(name: str, path: pathlib.Path, read: Any, cfg: config.JudgeConfig)
             for given, wanted in split
         ]
     programs = len({program for program, _ in pairs})
-    with sandbox.Judge(cfg) as judge:
+    with sandbox.Judge(dataclasses.replace(cfg, timeout_s=SOLUTION_S)) as judge:
         begin = time.monotonic()
         results = judge.batch(pairs)
         seconds = time.monotonic() - begin
