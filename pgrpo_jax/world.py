@@ -24,13 +24,14 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pgrpo_jax import types
 
 Dimension = Literal["accuracy", "rigor", "coherence"]
 DIMENSIONS: tuple[Dimension, ...] = ("accuracy", "rigor", "coherence")
 NAMES = ("k", "m")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _draw_spec(rng: random.Random) -> Spec:
         if 1 <= sum(operations[o].takes_constant for o in chosen) <= len(NAMES):
             break
     but_first = rng.random() < 0.5
-    told = chosen[1:] + chosen[:1] if but_first else chosen
+    told = _as_told(tuple(chosen)) if but_first else tuple(chosen)
     names = dict(zip((o for o in told if operations[o].takes_constant), NAMES, strict=False))
     constants = []
     for name in sorted(names.values()):
@@ -150,6 +151,11 @@ def _draw_spec(rng: random.Random) -> Spec:
     edge = rng.randint(0, 9) if rng.random() < 0.5 else None
     steps = tuple((o, names.get(o, "")) for o in chosen)
     return Spec(domain, steps, tuple(constants), but_first, edge)
+
+
+def _as_told(steps: tuple[T, ...]) -> tuple[T, ...]:
+    """Steps in the order in which `but first` has them told."""
+    return steps[1:] + steps[:1]
 
 
 def _draw_inputs(domain: str, rng: random.Random) -> list[Any]:
@@ -291,7 +297,7 @@ def wrong_order(plan: Plan, spec: Spec, rng: random.Random) -> Plan:
         operation, constant = plan.steps[i]
         step = (operation, _other(constant or 0, rng))
         return dataclasses.replace(plan, steps=plan.steps[:i] + (step,) + plan.steps[i + 1 :])
-    steps = plan.steps[1:] + plan.steps[:1]
+    steps = _as_told(plan.steps)
     if not spec.but_first:
         i = rng.randrange(len(plan.steps) - 1)
         steps = plan.steps[:i] + (plan.steps[i + 1], plan.steps[i]) + plan.steps[i + 2 :]
@@ -404,7 +410,7 @@ def _draw_plan(spec: Spec, rng: random.Random) -> tuple[Plan, Plan]:
     draw = rng.random()
     if draw < 0.65:
         if spec.but_first and rng.random() < 0.55:
-            spec = dataclasses.replace(spec, steps=spec.steps[1:] + spec.steps[:1])
+            spec = dataclasses.replace(spec, steps=_as_told(spec.steps))
         plan = reference_plan(spec)
         followed = plan if rng.random() < 0.95 else degraded_plan(spec, _dimension(rng), rng)
         return (plan if draw < 0.3 else initial_plan(spec, rng)), followed
@@ -470,16 +476,8 @@ def _pieces() -> tuple[str, ...]:
     """Every piece of text that a statement, a reasoning or a program is made of."""
     pieces = ["<think>\n", "</think>\n", "<answer>\n", "</answer>\n", "\n"]
     pieces += ["def f(x):\n", "    return x\n"]
-    pieces += [
-        ".\n",
-        ", then ",
-        ", but first ",
-        " plus ",
-        " minus ",
-        " - ",
-        " = ",
-        *map(str, range(13)),
-    ]
+    pieces += [".\n", ", then ", ", but first ", " plus ", " minus ", " - ", " = "]
+    pieces += map(str, range(13))
     for name in NAMES:
         pieces += [name, f"{name} is ", f"{name} = "]
     for domain, operations in OPERATIONS.items():
