@@ -181,11 +181,9 @@ def keys_and_values(
 
 
 def logits(w: Weights, x_DR: jax.Array) -> jax.Array:
-    """logits_RV, float32."""
-    # Not the weight first: XLA has no product on CPUs whose bfloat16 result it would turn over.
-    x_RD = x_DR.T
-    logits_RV = jnp.einsum("RD,VD->RV", x_RD, w.unembedding_VD, preferred_element_type=jnp.float32)
-    return sharding.constrain(logits_RV, "RV")
+    """logits_VR, float32."""
+    logits_VR = jnp.matmul(w.unembedding_VD, x_DR, preferred_element_type=jnp.float32)
+    return sharding.constrain(logits_VR, "VR")
 
 
 def _attention(layer: Layer, arch: Architecture, i: int, x_DR, angles, attend: Attend) -> jax.Array:

@@ -3,7 +3,8 @@
 A prompt is computed once for all of its samples, which share its pages of the key/value cache. The
 device draws tokens without the host until `chunk` of them are drawn, or enough slots have become
 free to be filled again; then the host hands out what has ended, fills the free slots and computes a
-bounded number of prompt tokens, so that a long prompt never keeps the others waiting for long.
+bounded number of prompt tokens, so that a long prompt never keeps the others waiting for long:
+more only while many slots would be idle for want of theirs.
 What ended is handed out while the device is at work again.
 
 A completion's random numbers are a function of (seed, step, problem, sample, token index) and of
@@ -35,7 +36,7 @@ from pgrpo_jax.types import Completion
 
 LEVELS = 4  # sizes of the pool of own pages: its pages are all read for every token
 MIN_PAGES = 32  # one size is enough for a pool that is no larger
-LEAVE = 8  # one part in so many of the slots must be free before the host fills them
+LEAVE = 8  # one part in so many of the slots may be idle while others draw
 
 
 @dataclasses.dataclass
@@ -307,7 +308,7 @@ class _Run:
         clock = time.perf_counter()
         while plan.unfinished:
             plan.admit()
-            self._prefill()
+            self._fill()
             plan.reserve(decoding.CHUNK)
             running, tokens = plan.running, None
             if running:
@@ -372,6 +373,12 @@ class _Run:
         self.statistics.live_slots += int(tokens.drawn_B.sum())
         self.statistics.all_slots += int(tokens.steps) * self._plan.sizes.slots
         return ended
+
+    def _fill(self) -> None:
+        """Computes prompts until few slots wait for theirs: a step costs as much with them idle."""
+        self._prefill()
+        while len(self._plan.waiting) > self._plan.sizes.slots // LEAVE:
+            self._prefill()
 
     def _prefill(self) -> None:
         """Prompts into the cache, in order, up to `prefill_tokens` tokens of them and one piece."""

@@ -111,6 +111,11 @@ class Scheduler:
         """Samples that can decode: their prompts are in the cache."""
         return [s for s in self.slots if s is not None and s.group.ready]
 
+    @property
+    def waiting(self) -> list[Sample]:
+        """Samples with a slot that cannot decode yet."""
+        return [s for s in self.slots if s is not None and not s.group.ready]
+
     def admit(self) -> None:
         """Gives free slots to the samples that wait, in order, as far as prompts find pages."""
         for slot in range(self.sizes.slots):
@@ -154,7 +159,7 @@ class Scheduler:
 
     def unfilled(self) -> list[Group]:
         """Prompts with a slot that are not wholly in the cache, the first to come first."""
-        groups = {s.group.index: s for s in self.slots if s is not None and not s.group.ready}
+        groups = {s.group.index: s for s in self.waiting}
         return [s.group for s in sorted(groups.values(), key=lambda s: s.start)]
 
     def reserve(self, tokens: int) -> None:

@@ -217,9 +217,9 @@ def test_without_a_stop_token_everything_is_truncated():
 
 
 def test_a_completion_is_handed_out_while_others_are_still_written():
-    visits, rows = [], []
-    for c in shared().generate(params(), PROMPTS, 4, 0, 0):
-        visits.append(shared().statistics.visits)
+    visits, rows, few = [], [], engine(batch_size=4)
+    for c in few.generate(params(), PROMPTS, 4, 0, 0):
+        visits.append(few.statistics.visits)
         rows.append((c.group, c.sample))
     assert visits == sorted(visits) and len(set(visits)) > 1
     assert rows != sorted(rows) and len(set(rows)) == 16
