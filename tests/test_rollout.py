@@ -297,6 +297,12 @@ def test_free_slots_are_filled_while_others_still_decode():
     assert ended[-1] == 0  # ten completions on four slots, and the first to begin ends last
 
 
+def test_no_slots_draw_while_many_wait_for_their_prompts():
+    one_at_a_time = engine(batch_size=4, stop_ids=(), prefill_tokens=1)
+    sampled(one_at_a_time, samples=1)
+    assert one_at_a_time.statistics.live_slots == one_at_a_time.statistics.all_slots > 0
+
+
 def test_nothing_is_compiled_once_each_bucket_was_met():
     warm = [prompt("w", 12), *PROMPTS[:2]]
     for prompts in (warm, PROMPTS):
