@@ -377,7 +377,7 @@ class _Run:
     def _fill(self) -> None:
         """Computes prompts until few slots wait for theirs: a step costs as much with them idle."""
         self._prefill()
-        while len(self._plan.waiting) > self._plan.sizes.slots // LEAVE:
+        while len(self._plan.unready) > self._plan.sizes.slots // LEAVE:
             self._prefill()
 
     def _prefill(self) -> None:

@@ -112,8 +112,8 @@ class Scheduler:
         return [s for s in self.slots if s is not None and s.group.ready]
 
     @property
-    def waiting(self) -> list[Sample]:
-        """Samples with a slot that cannot decode yet."""
+    def unready(self) -> list[Sample]:
+        """Samples with slots whose prompts are not in the cache yet."""
         return [s for s in self.slots if s is not None and not s.group.ready]
 
     def admit(self) -> None:
@@ -159,7 +159,7 @@ class Scheduler:
 
     def unfilled(self) -> list[Group]:
         """Prompts with a slot that are not wholly in the cache, the first to come first."""
-        groups = {s.group.index: s for s in self.waiting}
+        groups = {s.group.index: s for s in self.unready}
         return [s.group for s in sorted(groups.values(), key=lambda s: s.start)]
 
     def reserve(self, tokens: int) -> None:
