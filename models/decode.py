@@ -7,9 +7,9 @@ key heads', so that the tensor axis of a mesh splits it as it splits the paramet
 splits them: a step of decoding does little work on each weight, and to gather them for every token
 would take many times as long.
 
-Weights come first in a layer's products, their contracted axis last, and tokens (R) are the last
-axis of what goes through the layers: on CPUs that is quicker than `x_RD @ w_DE` for a few dozen
-tokens (`benchmarks/thin_products.py`).
+Weights come first in products, their contracted axis last, and tokens (R) are the last axis of what
+goes through the layers and of the logits: on CPUs that is quicker than `x_RD @ w_DE` for a few
+dozen tokens (`benchmarks/thin_products.py`).
 
 Layers are a Python loop: a loop on the device would copy each layer's pages in and out.
 """
