@@ -32,11 +32,14 @@ from pgrpo_jax import decoding, memory, reshard, rng, sampling, scheduler, shard
 from pgrpo_jax.config import Architecture, Compute, RolloutConfig
 from pgrpo_jax.data import Prompt
 from pgrpo_jax.models import cache as caches
+from pgrpo_jax.models import kernel_cache
 from pgrpo_jax.types import Completion
 
-LEVELS = 4  # sizes of the pool of own pages: its pages are all read for every token
+LEVELS = 4  # sizes of the pool of own pages, where its pages are all read for every token
 MIN_PAGES = 32  # one size is enough for a pool that is no larger
 LEAVE = 8  # one part in so many of the slots may be idle while others draw
+HALVINGS = 2  # of the slots, as a rollout runs out
+MIN_SLOTS = 8  # of a device: products with fewer columns are hardly faster
 
 
 @dataclasses.dataclass
@@ -240,13 +243,21 @@ class Engine:
         )
 
     def levels(self, sizes: scheduler.Sizes) -> list[int]:
-        """Sizes of the pool of own pages, up to all of them: it grows where memory can hold the old
-        and the new pool at once, and is there as a whole from the start where not."""
-        if sizes not in self._roomy:
+        """Sizes of the pool of own pages, up to all of them: as many pages for each slot. It grows
+        where memory can hold the old and the new pool at once and every page is read, and is there
+        as a whole from the start where not."""
+        if sizes not in self._roomy or self.pages is kernel_cache:
             return [sizes.own_pages]
-        step = max(math.ceil(sizes.own_pages / LEVELS), MIN_PAGES)
+        step = max(sizes.slots * math.ceil(sizes.own_table / LEVELS), MIN_PAGES)
         levels = range(step, sizes.own_pages + step, step)
         return [self._rounded(min(level, sizes.own_pages)) for level in levels]
+
+    def widths(self, sizes: scheduler.Sizes) -> list[int]:
+        """Numbers of slots that a rollout decodes in: all, and fewer when its last completions fit
+        into these, the others having no more to take."""
+        halves = [sizes.slots // 2**i for i in range(HALVINGS + 1)]
+        least = MIN_SLOTS * self._parts
+        return halves[:1] + [n for n in halves[1:] if n >= least and n % self._parts == 0]
 
     def pieces(self) -> list[int]:
         """Lengths in which prompts are computed, whole pages each: the buckets, and for longer
@@ -266,7 +277,13 @@ class Engine:
         return max(self.settings.prompt_buckets) - 1 > self.pieces()[-1]
 
     def place(self, values: Any) -> Any:
-        """Host arrays on the mesh, first axes split over data and fsdp where these divide them."""
+        """Host arrays on the mesh, first axes split over data and fsdp where these divide them.
+
+        One device takes them when its program is called: to put a dozen small arrays there before
+        would cost a visit of the host half a millisecond.
+        """
+        if self._mesh.size == 1:
+            return values
         return sharding.put(values, self.places(values))
 
     def places(self, values: Any) -> Any:
@@ -296,6 +313,7 @@ class _Run:
         self.statistics = Statistics()
         self._weights = weights
         self._levels, self._pieces = engine.levels(plan.sizes), engine.pieces()
+        self._widths = engine.widths(plan.sizes)
         self._cache = self._empty(self._levels[0])
         if plan.sizes not in engine.warm:
             self._compile()
@@ -310,6 +328,7 @@ class _Run:
             plan.admit()
             self._fill()
             plan.reserve(decoding.CHUNK)
+            self._narrow()
             running, tokens = plan.running, None
             if running:
                 tokens = self._decode(temperature, self._leave(len(running)))
@@ -324,10 +343,17 @@ class _Run:
         yield from ended
 
     def _leave(self, running: int) -> int:
-        """Slots that may still be live when the device stops: fewer, if others wait for theirs."""
+        """Slots that may still be live when the device stops: so many that those which others wait
+        for are few, or that the rest fits into fewer slots."""
         if not self._plan.queue:
-            return 0
+            return max((n for n in self._widths if n < running), default=0)
         return max(running - max(self._plan.sizes.slots // LEAVE, 1), 0)
+
+    def _narrow(self) -> None:
+        """As few slots as do, once none of them is to be taken again."""
+        for slots in reversed(self._widths):
+            if slots < self._plan.sizes.slots and self._plan.narrow(slots):
+                return
 
     def _decode(self, temperature: np.float32, leave: int) -> decoding.Tokens:
         parts, each = self._plan.sizes.parts, self._plan.highest_own_page()
@@ -434,7 +460,10 @@ class _Run:
                     self._prefill_rows((), rows, length, behind=True)
         for pages in self._levels:
             self._grow(pages)
-            self._dispatch(self._batch(), np.float32(1), 0)
+            for slots in self._widths:
+                sizes = dataclasses.replace(self._plan.sizes, slots=slots)
+                batch = self._engine.place(blank_batch(sizes, pages))
+                self._dispatch(batch, np.float32(1), 0)
         self._cache = self._empty(self._levels[0])
 
 

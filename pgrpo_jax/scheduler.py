@@ -203,6 +203,20 @@ class Scheduler:
             self._give(self._free_prompt, group.pages)
             group.filled = 0
 
+    def narrow(self, slots: int) -> bool:
+        """Goes on with so many slots, if none waits for one and what decodes fits. Samples stay in
+        the parts where their pages are."""
+        parts, each = self.sizes.parts, slots // self.sizes.parts
+        kept = [self._in_part(part) for part in range(parts)]
+        if self.queue or max(map(len, kept)) > each:
+            return False
+        self.sizes = dataclasses.replace(self.sizes, slots=slots)
+        self.slots = [s for part in kept for s in (*part, *[None] * (each - len(part)))]
+        for slot, sample in enumerate(self.slots):
+            if sample is not None:
+                sample.slot = slot
+        return True
+
     def _take(self, free: list[int], count: int) -> list[int]:
         taken, free[:] = free[:count], free[count:]
         return taken
@@ -219,29 +233,33 @@ class Scheduler:
 def tables(sizes: Sizes, slots: Sequence[Sample | None], own_pages: int) -> dict[str, np.ndarray]:
     """Owners, starts and tables of both pools, as `models.cache.Places` wants them; the pool of own
     pages has `own_pages` of them."""
-    owners, S = sizes.owners, sizes.page_size
-    prompt_owner_XO = np.zeros((sizes.prompt_pages, owners), np.int32)
-    prompt_start_X = np.zeros(sizes.prompt_pages, np.int32)
-    prompt_table_BM = np.zeros((sizes.slots, sizes.prompt_table), np.int32)
-    own_owner_X1 = np.zeros((own_pages, 1), np.int32)
-    own_start_X = np.zeros(own_pages, np.int32)
-    own_table_BM = np.zeros((sizes.slots, sizes.own_table), np.int32)
-    for b, sample in enumerate(slots):
-        if sample is None or not sample.group.ready:
-            continue
-        shared, own = np.array(sample.group.pages, np.int32), np.array(sample.pages, np.int32)
-        own += sizes.part(b) * (own_pages // sizes.parts)
-        prompt_owner_XO[shared, sample.place] = b
-        prompt_start_X[shared] = S * np.arange(len(shared))
-        prompt_table_BM[b, : len(shared)] = shared * owners + sample.place
-        own_owner_X1[own, 0] = b
-        own_start_X[own] = S * np.arange(len(own))
-        own_table_BM[b, : len(own)] = own
+    decoding = [(b, s) for b, s in enumerate(slots) if s is not None and s.group.ready]
+    each = own_pages // sizes.parts
+    shared = [(b, s.place, s.group.pages) for b, s in decoding]
+    own = [(b, 0, [sizes.part(b) * each + page for page in s.pages]) for b, s in decoding]
+    prompt_owner_XO, prompt_start_X, prompt_table_BM = _places(
+        shared, (sizes.prompt_pages, sizes.owners), (sizes.slots, sizes.prompt_table)
+    )
+    own_owner_X1, own_start_X, own_table_BM = _places(
+        own, (own_pages, 1), (sizes.slots, sizes.own_table)
+    )
     return {
         "prompt_owner_XO": prompt_owner_XO,
-        "prompt_start_X": prompt_start_X,
+        "prompt_start_X": sizes.page_size * prompt_start_X,
         "prompt_table_BM": prompt_table_BM,
         "own_owner_X1": own_owner_X1,
-        "own_start_X": own_start_X,
+        "own_start_X": sizes.page_size * own_start_X,
         "own_table_BM": own_table_BM,
     }
+
+
+def _places(
+    held: Iterable[tuple[int, int, list[int]]], XO: tuple[int, int], BM: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Owners [X, O] of pages, their places [X] among their owners' pages, and slots' tables [B, M],
+    of slots that own pages in places. One assignment for all: a visit of the host waits for it."""
+    rows = [(b, o, x, m) for b, o, pages in held for m, x in enumerate(pages)]
+    b, o, x, m = np.array(rows, np.int32).reshape(-1, 4).T
+    owner_XO, place_X, table_BM = (np.zeros(n, np.int32) for n in (XO, XO[0], BM))
+    owner_XO[x, o], place_X[x], table_BM[b, m] = b, m, x * XO[1] + o
+    return owner_XO, place_X, table_BM

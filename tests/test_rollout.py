@@ -303,6 +303,15 @@ def test_no_slots_draw_while_many_wait_for_their_prompts():
     assert one_at_a_time.statistics.live_slots == one_at_a_time.statistics.all_slots > 0
 
 
+def test_the_last_completions_are_decoded_in_fewer_slots():
+    slots = engine(stop_ids=())
+    limits_PG = np.full((4, 4), 2)
+    limits_PG[3, 1] = 37
+    lengths = [len(c.ids) for c in slots.generate(params(), PROMPTS, 4, 0, 0, limits_PG=limits_PG)]
+    assert sorted(lengths) == sorted(limits_PG.ravel())
+    assert slots.statistics.all_slots == 2 * 16 + 35 * 8
+
+
 def test_nothing_is_compiled_once_each_bucket_was_met():
     warm = [prompt("w", 12), *PROMPTS[:2]]
     for prompts in (warm, PROMPTS):
