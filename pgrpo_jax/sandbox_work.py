@@ -17,6 +17,7 @@ from pgrpo_jax import compare, sandbox_check, sandbox_probes, sandbox_slot, sand
 
 Work = Generator[None, None, dict[str, Any]]
 LONGEST_FAILURE = 600  # characters
+KEPT_TESTS = 256  # problems' tests that are parsed once; they may be a megabyte each
 # What a program returns is read if it is as small, or no so many times larger than what is wanted.
 SMALL_REPLY, MORE = 1 << 16, 8
 AHEAD, SHORT = 16, 0.01  # calls that a program may be ahead while each takes this share of its time
@@ -359,7 +360,7 @@ def _listen(
 _FORWARDED = {"sys.stdout", "sys.stderr", "sys.stdin", "builtins.input"}  # see `sandbox_proxy`
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=KEPT_TESTS)
 def need_one_interpreter(*code: str) -> bool:
     """Do tests patch anything that is not at hand in their own process?"""
     try:
@@ -375,7 +376,7 @@ def need_one_interpreter(*code: str) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=KEPT_TESTS)
 def as_calls(code: tuple[str, ...]) -> tuple[list[tuple[str, Any, Any]], tuple[Any, ...]] | None:
     """`assert f(1, [2]) == 3` as calls with wanted values; None if one of them says anything
     else."""
