@@ -11,7 +11,6 @@ Part of the sandbox: standard library only.
 
 import collections
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -27,14 +26,12 @@ from pgrpo_jax import sandbox_jail, sandbox_pool, sandbox_slot, sandbox_wire, sa
 
 CACHE_SIZE = 1 << 13  # results; a group repeats its programs within a step
 STACK_MB = 512
-_MMAP_THRESHOLD, LARGE = -3, 128 << 10  # malloc.h; bytes
 TRIES = 2
 
 
 def main(arguments: list[str]) -> None:
     """`arguments`: descriptor of the socket, the trainer's process id, JSON of the pool's settings
     and of `path`, where checkers are imported from."""
-    _give_back_large_blocks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, whose end is ours
     descriptor, trainer, settings = int(arguments[0]), int(arguments[1]), json.loads(arguments[2])
     sys.path += settings["path"]
@@ -52,14 +49,6 @@ def main(arguments: list[str]) -> None:
         pass
     finally:
         server.close()
-
-
-def _give_back_large_blocks() -> None:
-    """Each block of `LARGE` bytes or more is the kernel's again when it is freed. By default glibc
-    raises that size whenever it frees such a block: outputs and requests of all sizes then share
-    one heap, and this process, which is to last for weeks, keeps the gaps between them."""
-    with contextlib.suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE)
 
 
 class _TrainerGone(Exception):

@@ -256,11 +256,15 @@ class Run:
         """The slot is being closed: the run never reports."""
         for pipe in list(self._pipes):
             self._close(pipe)
-        self._stop_listening()
+        self._retire()
 
     def ended(self, status: int, cpu_s: float, peak_kb: int) -> None:
-        self._stop_listening()
+        self._retire()
         self.status, self.cpu_s, self.peak_mb = status, cpu_s, peak_kb / 1024
+
+    def _retire(self) -> None:
+        self._stop_listening()
+        self.companion = None  # or the two keep each other's outputs, until they are collected
 
 
 Work = Generator[None, None, Any]
@@ -380,6 +384,7 @@ class Slot:
             self.work = None
         for run in self.runs.values():
             run.abandon()
+        self.runs.clear()
         self.loop.forget(self._control.fileno())
         self._control.close()
         with contextlib.suppress(ProcessLookupError):
