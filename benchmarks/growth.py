@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 
 from benchmarks import checkpoints, rollout, rollout_ours, update, update_ours
@@ -77,6 +78,10 @@ def plot(axes: Any, x_name: str, xs: Sequence[float], y_name: str, ys: Sequence[
     """One plot with logarithmic axes and a line of power 1 through its first point."""
     axes.loglog(xs, ys, "o-", label="measured")
     axes.loglog(xs, [ys[0] * x / xs[0] for x in xs], ":", color="grey", label="linear")
+    axes.set_xticks(xs, [f"{x:,.2g}" if x < 1 else f"{x:,.0f}" for x in xs])
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+    axes.minorticks_off()
     axes.set_xlabel(x_name)
     axes.set_ylabel(y_name)
     axes.legend()
