@@ -72,10 +72,10 @@ class Engine:
     """Samples completions with parameters that lie where training put them. With several processes
     each calls the same methods with the same arguments, and each gets all completions.
 
-    Shapes are few: `cfg.batch_size` slots, pieces of prompts of the lengths of
-    `cfg.prompt_buckets`, pools of a few sizes. All of a bucket's programs are compiled when it is
-    first met with a number of samples; the temperature is data. `statistics` are of the newest
-    rollout.
+    Shapes are few: `cfg.batch_size` slots, a half and a quarter of them as a rollout runs out,
+    pieces of prompts of the lengths of `cfg.prompt_buckets`, pools of a few sizes. All programs of
+    a bucket are compiled when it is first met with a number of samples; the temperature is data.
+    `statistics` are of the newest rollout.
     """
 
     def __init__(
