@@ -39,7 +39,7 @@ LEVELS = 4  # sizes of the pool of own pages, where its pages are all read for e
 MIN_PAGES = 32  # one size is enough for a pool that is no larger
 LEAVE = 8  # one part in so many of the slots may be idle while others draw
 HALVINGS = 2  # of the slots, as a rollout runs out
-MIN_SLOTS = 8  # of a device: products with fewer columns are hardly faster
+MIN_SLOTS = 8  # of a device; each number of slots is a program more to compile
 
 
 @dataclasses.dataclass
@@ -279,8 +279,8 @@ class Engine:
     def place(self, values: Any) -> Any:
         """Host arrays on the mesh, first axes split over data and fsdp where these divide them.
 
-        One device takes them when its program is called: to put a dozen small arrays there before
-        would cost a visit of the host half a millisecond.
+        A single device gets them with the call of its program: to put a dozen small arrays there
+        before, while it waits, takes longer.
         """
         if self._mesh.size == 1:
             return values
