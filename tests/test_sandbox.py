@@ -18,6 +18,7 @@ import time
 import judges
 import pytest
 
+from benchmarks import judge_soak
 from pgrpo_jax import config, sandbox, types
 from pgrpo_jax import sandbox_jail as jail
 from pgrpo_jax import sandbox_slot as slots
@@ -424,11 +425,6 @@ def test_where_the_machine_lacks_the_locale_programs_may_ask_for_theirs(judge, m
         assert verdict(bare, LOCALE, tests) == "pass"
 
 
-def memory_mb(pid: int) -> float:
-    pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 2**20
-
-
 def test_the_judge_keeps_no_outputs_even_where_garbage_is_never_collected(judge, monkeypatch):
     monkeypatch.setattr(sandbox, "_BOOT", f"import gc; gc.disable(); {sandbox._BOOT}")
     limits = dataclasses.replace(LIMITS, tier=judge.tier, output_kb=1024)
@@ -440,7 +436,7 @@ def test_the_judge_keeps_no_outputs_even_where_garbage_is_never_collected(judge,
             program = f"{ADDS}\nprint(1000000 * 'x')  # {programs} "
             pairs = [(f"{program}{i}", in_two_processes) for i in range(programs)]
             assert {r.verdict for r in never_collects.batch(pairs)} == {"pass"}
-            return memory_mb(never_collects._process.pid)
+            return judge_soak.size(never_collects._process.pid)[0]
 
         before = flood(10)
         assert flood(30) < before + 10
