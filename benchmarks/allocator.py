@@ -1,8 +1,9 @@
-"""What keeping freed memory is worth: warm-up steps of `tiny`, with and without, in turns.
+"""What keeping freed memory, and huge pages, are worth: warm-up steps of `tiny`, in turns.
 
     python -m benchmarks.allocator
 
-Prints medians of seconds and CPU seconds a step, and page faults, of processes that alternate.
+Prints medians of seconds and CPU seconds a step, and page faults, of processes that alternate; and
+what they are of the first row's.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ import tyro
 from pgrpo_jax import allocator, cli, data, optimizer, sft, sharding, start, supervised, tokenizer
 
 STEPS, WARM = 20, 3
+KINDS = GIVEN_BACK, KEPT, HUGE = "given back", "kept", "kept in huge pages"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compares the two allocators."""
+    """Compares the three allocators."""
 
     rounds: int = 3  # processes of each kind
     child: str = ""  # set by the benchmark itself
@@ -34,31 +36,32 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Runs the children in turns and prints their medians."""
     if arguments.child:
-        print(json.dumps(measure(arguments.child == "kept")))
+        print(json.dumps(measure(arguments.child)))
         return
-    found: dict[str, list[dict[str, float]]] = {"kept": [], "given back": []}
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(arguments.rounds):
         for kind, measured in found.items():
             words = [sys.executable, "-m", "benchmarks.allocator", "--child", kind]
             done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
             measured.append(json.loads(done.stdout))
-    names = list(found["kept"][0])
+    names = list(found[KINDS[0]][0])
     table = rich.table.Table("freed memory is", *names)
     middle = {
         kind: [statistics.median(m[name] for m in measured) for name in names]
         for kind, measured in found.items()
     }
+    first = middle[KINDS[0]]
     for kind, values in middle.items():
-        table.add_row(kind, *(f"{value:,.4g}" for value in values))
-    ratios = (a / b for a, b in zip(*middle.values(), strict=True))
-    table.add_row("ratio", *(f"{ratio:.2f}" for ratio in ratios))
+        ratios = (value / of for value, of in zip(values, first, strict=True))
+        cells = zip(values, ratios, strict=True)
+        table.add_row(kind, *(f"{value:,.4g} ({ratio:.2f})" for value, ratio in cells))
     rich.console.Console().print(table)
 
 
-def measure(keep: bool) -> dict[str, float]:
+def measure(kind: str) -> dict[str, float]:
     """Means over STEPS warm-up steps, after WARM that are not counted."""
-    if keep:
-        allocator.keep_freed_memory()
+    if kind != GIVEN_BACK:
+        allocator.keep_freed_memory(huge_pages=kind == HUGE)
     cfg = cli.load("tiny")
     cfg = dataclasses.replace(cfg, sft=dataclasses.replace(cfg.sft, steps=STEPS + WARM))
     mesh, words = sharding.make_mesh(cfg.mesh), tokenizer.load(cfg.data.tokenizer)
