@@ -31,8 +31,9 @@ class RMSNorm(nn.Module):
 def einsum(equation: str, x: jax.Array, kernel: jax.Array, preferred: Any = None) -> jax.Array:
     """jnp.einsum(equation, x, kernel), with a gradient that XLA computes fast on CPU.
 
-    There the first factor of a product is copied where it does not lie as the product wants it, and
-    JAX's own gradient of a kernel always puts the cotangent first. Here the smaller one is.
+    `equation` puts the axes that x and the result share first: "BTD,DNH->BTNH". On CPUs the kernel's
+    gradient is then one product of two matrices, that takes either as it lies; XLA copies the first
+    factor of a product of arrays with more axes, transposed, which takes up to half of its time.
     """
     return jnp.einsum(equation, x, kernel, preferred_element_type=preferred)
 
@@ -44,11 +45,18 @@ def _einsum_forward(equation: str, x: jax.Array, kernel: jax.Array, preferred: A
 def _einsum_backward(equation: str, preferred: Any, saved: tuple[jax.Array, jax.Array], dy: Any):
     (x, kernel), (inputs, y_axes) = saved, equation.split("->")
     x_axes, kernel_axes = inputs.split(",")
+    shared = sum(a in y_axes for a in x_axes)
+
+    def as_matrices(x: jax.Array, dy: jax.Array) -> jax.Array:
+        rows = math.prod(x.shape[:shared])
+        return (x.reshape(rows, -1).T @ dy.reshape(rows, -1)).reshape(kernel.shape)
+
+    def as_they_are(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
+
     dy = dy.astype(x.dtype)
-    dx = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel)
-    if x.size < dy.size:
-        return dx, jnp.einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, dy)
-    return dx, jnp.einsum(f"{y_axes},{x_axes}->{kernel_axes}", dy, x)
+    dkernel = jax.lax.platform_dependent(x, dy, cpu=as_matrices, default=as_they_are)
+    return jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel), dkernel
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -122,10 +130,17 @@ def rope_frequencies(arch: Architecture) -> jax.Array:
 
 
 def rope(arch: Architecture, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B, T, 1, H / 2]. float32 because bfloat16 rounds 257 to 256."""
+    """Cosines and sines, float32 [B, T, 1, H / 2]. float32 because bfloat16 rounds 257 to 256.
+
+    They are written side by side in one array. XLA on CPUs would else compute them anew for each
+    head of each layer, as a part of what reads them, and takes a barrier away before it does so.
+    """
     frequencies = rope_frequencies(arch)[None, None, None, :]
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    both = jnp.zeros((2, *angles.shape))
+    for i, function in enumerate((jnp.cos, jnp.sin)):
+        both = jax.lax.dynamic_update_index_in_dim(both, function(angles), i, 0)
+    return both[0], both[1]
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
