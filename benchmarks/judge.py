@@ -7,6 +7,8 @@
 Programs are trivial and all different, so what is measured is the judge. "CPU ms" is of everything
 that ran for a program, the judge's own process included. EvalPlus's way is measured where
 `evalplus` can be imported. The other ways hold nothing off: they are the floor of what peers pay.
+The last row is the floor of what the judge pays: a fork, the page faults of a judged program, an
+exit, and nothing else.
 The hash seed is the one of jails: the order of some solutions' outputs hangs on it.
 """
 
@@ -20,6 +22,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -33,6 +36,21 @@ SCRIPT = "a, b = map(int, input().split())\nprint(a + b)\n# {}"
 FUNCTION = "def add(a, b):\n    return a + b\n# {}"
 ARRAYS = "import numpy as np\nprint(int(np.array(input().split(), int).sum()))\n# {}"
 STDIN = types.Tests("stdin", ("3 4\n",), ("7\n",))
+FAULTS = "import resource\nprint(sum(map(int, input().split())), resource.getrusage(0).ru_minflt)"
+FORKS = """
+import mmap, os, sys
+count, pages = map(int, sys.argv[1:])
+stride = 10 * mmap.PAGESIZE
+block = mmap.mmap(-1, pages * stride, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+block.write(bytes(pages * stride))
+for _ in range(count):
+    child = os.fork()
+    if not child:
+        for place in range(0, pages * stride, stride):
+            block[place] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
 TESTS_A_PROGRAM = 500
 SOLUTION_S = 20.0  # of CPU a test; one of MBPP+'s canonical solutions takes 4 on a slow machine
 PART_BYTES = sandbox_wire.REPLY_LIMIT
@@ -78,7 +96,12 @@ def main() -> None:
                 children_cpu_s,
                 functools.partial(judged, judge, source, tests, count),
             )
+        faults = page_faults(judge)
     others(options.programs // 5, options.workers)
+    name = f"fork, {faults} page faults, exit"
+    count = options.programs // options.workers * options.workers
+    work = functools.partial(forked, count, faults, options.workers)
+    row(name, "no", count, 1, "children", ended_cpu_s, work)
     for name, path, read in (
         ("HumanEval+", options.humaneval_plus, humaneval_plus),
         ("MBPP+", options.mbpp_plus, mbpp_plus),
@@ -113,6 +136,27 @@ def judged(judge: sandbox.Judge, source: str, tests: types.Tests, count: int) ->
         raise RuntimeError(f"{len(wrong)} of {count} right programs did not pass: {wrong[0]}")
 
 
+def page_faults(judge: sandbox.Judge) -> int:
+    """Of a trivial program until its last line, by what it prints itself."""
+    said = re.search(r"got b'7 (\d+)'", judge.submit(FAULTS, STDIN).result().failure)
+    assert said is not None
+    return int(said[1])
+
+
+def forked(count: int, faults: int, workers: int) -> None:
+    """Children of processes of some megabytes, which write to as many pages and end."""
+    command = [sys.executable, "-I", "-S", "-c", FORKS, str(count // workers), str(faults)]
+    for process in [subprocess.Popen(command) for _ in range(workers)]:
+        if process.wait():
+            raise RuntimeError(f"a process that forks ended with {process.returncode}")
+
+
+def ended_cpu_s() -> float:
+    """CPU seconds of all processes below this one that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def children_cpu_s() -> float:
     """CPU seconds of all processes below this one, those that have ended included."""
     ticks, waiting = 0, [os.getpid()]
@@ -131,10 +175,6 @@ def children_cpu_s() -> float:
 
 
 def others(count: int, workers: int) -> None:
-    def used_s() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
     def by_subprocess(flags: list[str]) -> None:
         def one(number: int) -> None:
             command = [sys.executable, *flags, "-c", SCRIPT.format(number)]
@@ -147,7 +187,7 @@ def others(count: int, workers: int) -> None:
 
     for flags in (["-I", "-S"], ["-I"]):
         name = f"`python {' '.join(flags)}` by subprocess"
-        row(name, "no", count, 1, "tests", used_s, functools.partial(by_subprocess, flags))
+        row(name, "no", count, 1, "tests", ended_cpu_s, functools.partial(by_subprocess, flags))
     try:
         from evalplus.eval import untrusted_check  # which nothing else here needs
     except ImportError:
@@ -164,7 +204,7 @@ def others(count: int, workers: int) -> None:
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             list(pool.map(one, range(count)))
 
-    row("EvalPlus's `untrusted_check`", "no", count, 1, "programs", used_s, by_evalplus)
+    row("EvalPlus's `untrusted_check`", "no", count, 1, "programs", ended_cpu_s, by_evalplus)
 
 
 # --- real work
