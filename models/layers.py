@@ -32,9 +32,8 @@ def einsum(equation: str, x: jax.Array, kernel: jax.Array, preferred: Any = None
     """jnp.einsum(equation, x, kernel), with a gradient that XLA computes fast on CPU.
 
     `equation` puts the axes that x and the result share first: "BTD,DNH->BTNH". On CPUs the
-    kernel's gradient is then one product of two matrices, that takes either as it lies; XLA copies
-    the first factor of a product of arrays with more axes, transposed, which takes up to half of
-    its time.
+    kernel's gradient is then one product of two matrices, that takes either as it lies; of arrays
+    with more axes XLA copies the first, transposed, before it multiplies.
     """
     return jnp.einsum(equation, x, kernel, preferred_element_type=preferred)
 
