@@ -7,8 +7,8 @@
 Programs are trivial and all different, so what is measured is the judge. "CPU ms" is of everything
 that ran for a program, the judge's own process included. EvalPlus's way is measured where
 `evalplus` can be imported. The other ways hold nothing off: they are the floor of what peers pay.
-The last row is the floor of what the judge pays: a fork, the page faults of a judged program, an
-exit, and nothing else.
+The last row is about the floor of what the judge pays: a fork, the page faults of a judged program
+and an exit. The little Python that forks has some faults of its own.
 The hash seed is the one of jails: the order of some solutions' outputs hangs on it.
 """
 
