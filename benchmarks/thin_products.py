@@ -22,7 +22,7 @@ import rich.table
 from benchmarks import machine
 
 LAYERS = 8
-KEY_HEADS, HEAD, PAGE = 2, 64, 64
+KEY_HEADS, QUERIES, HEAD, PAGE = 2, 4, 64, 64
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -72,7 +72,7 @@ def main() -> None:
             first, cores = measured(lambda x, w: w @ x, operations, x_DR, many_ED)
             figures = f"{plain:.0f}", f"{first:.0f}", f"{first / plain:.2f}", f"{cores:.1f}"
             table.add_row(str(rows), name, *figures)
-        q_XKGH = jnp.array(random.standard_normal((rows, KEY_HEADS, 4, HEAD)), jnp.float32)
+        q_XKGH = jnp.array(random.standard_normal((rows, KEY_HEADS, QUERIES, HEAD)), jnp.float32)
         many_XKHS = [
             jnp.array(random.standard_normal((rows, KEY_HEADS, HEAD, PAGE)), jnp.float32)
             for _ in range(LAYERS)
